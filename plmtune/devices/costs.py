@@ -15,7 +15,7 @@ from plmtune.errors import UserError, did_you_mean
 from plmtune.export.lint import QUANTIZED, WRITTEN, stored_bytes, stored_type
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, Quantized
-from plmtune.quantization.schemes import EMBEDDING, HEAD, shapes
+from plmtune.quantization.schemes import EMBEDDING, HEAD, POSITIONS, shapes
 from plmtune.registry import Component, describe_components
 
 RUNTIMES = ("plmtune", "llama.cpp")
@@ -60,6 +60,7 @@ class Attention:
         decode: FLOPs of one new token for each cached one, in plmtune.
         prompt: FLOPs of one token for each token it attends to over keys and values: of a prompt, and in llama.cpp.
         heads: of queries.
+        window: tokens that a token attends to at most; None: all.
     """
 
     kind: Literal["latent", "heads"]
@@ -68,6 +69,16 @@ class Attention:
     decode: int
     prompt: int
     heads: int
+    window: int | None = None
+
+    def seen(self, tokens: int) -> int:
+        """Tokens that one after so many others attends to."""
+        return tokens if self.window is None else min(tokens, self.window)
+
+    def pairs(self, tokens: int) -> int:
+        """Pairs of tokens of a prompt that attention computes."""
+        seen = self.seen(tokens)
+        return seen * tokens - (seen * seen + 1) // 2
 
 
 @dataclass(frozen=True)
@@ -139,8 +150,9 @@ class ModelShape:
 
     @property
     def multiplied(self) -> tuple[Matrix, ...]:
-        """The matrices that a token is multiplied with: an untied embedding is only looked up."""
-        return tuple(m for m in self.matrices if m.name != EMBEDDING or self.model.tied)
+        """The matrices that a token is multiplied with: positions and an untied embedding are only looked up."""
+        looked_up = (POSITIONS,) if self.model.tied else (POSITIONS, EMBEDDING)
+        return tuple(m for m in self.matrices if m.name not in looked_up)
 
 
 def _attention(module: Any) -> Attention:
@@ -154,7 +166,7 @@ def _attention(module: Any) -> Attention:
         # Scores over the latent and the rope key, then a sum of latents, for each head (absorbed decoding).
         decode = 2 * heads * (kept + module.kv_lora_rank)
         return Attention("latent", kept, expanded, decode, prompt, heads)
-    return Attention("heads", kept, expanded, prompt, prompt, heads)
+    return Attention("heads", kept, expanded, prompt, prompt, heads, getattr(module, "window", None))
 
 
 def our_schemes() -> list[str]:
@@ -260,6 +272,8 @@ def _gguf_forms(model_shape: ModelShape, scheme: str) -> dict[str, tuple[str, in
 
 def _gguf_type(kind: str, matrix: Matrix, model_shape: ModelShape) -> str:
     """What llama.cpp's quantizer (llama_tensor_get_type) stores a matrix as; one type for all where ours writes."""
+    if matrix.name == POSITIONS:
+        return "F32"
     if kind in QUANTIZED:
         # The vocabulary's projection, and of a mix (_M) what errors hurt most in half of the layers, get 6 bits.
         delicate = matrix.name.endswith(("v_proj", "down_proj")) and kind in ("Q4_K_M", "Q5_K_M")
@@ -281,12 +295,12 @@ def cache_bytes(model_shape: ModelShape, runtime: str, tokens: int = 1, *, dtype
 
 def attention_flops(model_shape: ModelShape, runtime: str, tokens: int) -> int:
     """FLOPs that one new token's attention over so many cached ones takes."""
-    return tokens * sum(a.decode if runtime == "plmtune" else a.prompt for a in model_shape.attention)
+    return sum((a.decode if runtime == "plmtune" else a.prompt) * a.seen(tokens) for a in model_shape.attention)
 
 
 def prompt_attention_flops(model_shape: ModelShape, tokens: int) -> int:
-    """FLOPs of attention over a prompt, whose tokens see half of it each."""
-    return tokens * tokens // 2 * sum(a.prompt for a in model_shape.attention)
+    """FLOPs of attention over a prompt, whose tokens see half of it each, or their window."""
+    return sum(a.prompt * a.pairs(tokens) for a in model_shape.attention)
 
 
 def decode_flops(model_shape: ModelShape, runtime: str, context: int) -> int:

@@ -20,6 +20,7 @@ from plmtune.export.runtimes.pytorch import PyTorchRuntime
 from plmtune.inference.kernel_choice import prepack
 from plmtune.io import hub
 from plmtune.models.checkpoint_files import CONFIG, checkpoint_directory, read_json
+from plmtune.models.families import by_model_type
 from plmtune.models.gguf_file import opened_gguf
 from plmtune.modules.attributes import with_attributes
 from plmtune.modules.decoder import Decoder
@@ -209,7 +210,7 @@ def _is_for_transformers(path: Path) -> bool:
     if not (path / CONFIG).is_file():
         return False
     keys = read_json(path, CONFIG)
-    return "plmtune" not in keys and keys.get("model_type") not in ("plm", "llama")
+    return "plmtune" not in keys and keys.get("model_type") not in by_model_type()
 
 
 def _random_model(target: str, dtype: torch.dtype, device: torch.device) -> Decoder:

@@ -117,7 +117,9 @@ def evaluate_checkpoint(
     except UserError as error:
         raise UserError(f"{directory}: {error}") from error
     model = load_model(directory, device, dtype).eval()
-    if tokenizer.num_tokens > model.vocab_size:
+    # Special tokens may have no row (Gemma's of images): no text holds them.
+    without_row = sum(token >= model.vocab_size for token in tokenizer.specials.values())
+    if tokenizer.num_tokens - without_row > model.vocab_size:
         raise UserError(
             f"{directory}: its tokenizer has {tokenizer.num_tokens:,} tokens, its model rows for "
             f"{model.vocab_size:,}. They are not of one model."

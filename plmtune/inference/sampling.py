@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 import torch
 from torch import Tensor
 
+from plmtune.errors import UserError
 from plmtune.modules.cache import Cache
 from plmtune.ranges import AT_LEAST_1, NOT_NEGATIVE, Range, check
 
@@ -290,6 +291,11 @@ def complete(
     ends = {*tokenizer.end_ids, *end_ids}
     if len(ids) >= model.max_seq_len:
         raise ValueError(f"the prompt has {len(ids)} tokens, the model's max_seq_len is {model.max_seq_len}")
+    if (worst := max(ids)) >= model.vocab_size:
+        raise UserError(
+            f"The prompt holds the token {tokenizer.decode([worst])!r:.80} (id {worst}), and the model's embedding has "
+            f"{model.vocab_size:,} rows, none for it. Leave it out, or take the tokenizer of the model's training."
+        )
     max_new_tokens = min(max_new_tokens, model.max_seq_len - len(ids))
     cache = prefix_cache.resume(ids, max_new_tokens) if prefix_cache is not None else None
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,8 +51,8 @@ def locate(directory: Path, stem: str = "model") -> dict[str, Path]:
         pickles = sorted(path.name for path in directory.glob("*.bin"))
         if pickles:
             raise UserError(
-                f"{directory} holds {pickles[0]}, a pickle, which can run code when read. "
-                f"Convert it to {WEIGHTS} where you trust it."
+                f"{directory} holds {pickles[0]}, a pickle, which can run code when read, and no {weights}. Where you "
+                f"trust it, convert it:\n{_conversion(directory)}"
             )
         raise UserError(f"{directory} holds neither {weights} nor {index}: it is not a checkpoint.")
     weight_map = read_json(directory, index).get("weight_map")
@@ -61,6 +62,11 @@ def locate(directory: Path, stem: str = "model") -> dict[str, Path]:
     for name in sorted(set(weight_map.values())):
         if not name.endswith(".safetensors"):
             raise UserError(f"{directory / index} names {name!r:.80}, which is not a safetensors file.")
+        if Path(name).name == name and not _exists(directory / name):
+            tensors = [tensor for tensor, file in weight_map.items() if file == name]
+            raise UserError(
+                f"{directory / index}, key weight_map: {tensors[0]} is in {name}, which is missing. Copy it there."
+            )
         path = _inside(directory, name)
         with opened_weights(path) as opened:
             held = set(opened.keys())
@@ -91,6 +97,16 @@ class Stored(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._locations)
+
+
+def _conversion(directory: Path) -> str:
+    """A command that writes safetensors from a directory's pickles, of which it reads tensors alone."""
+    code = (
+        "import glob, safetensors.torch as s; from torch import load; w = {k: v for f in glob.glob('*.bin') "
+        "if 'training' not in f for k, v in load(f, map_location='cpu', weights_only=True).items()}; "
+        "s.save_file({k: v.contiguous().clone() for k, v in w.items()}, 'model.safetensors', {'format': 'pt'})"
+    )
+    return f'cd {shlex.quote(str(directory))} && python -c "{code}"'
 
 
 def _exists(path: Path) -> bool:

@@ -50,7 +50,11 @@ def _read(keys: Keys) -> dict[str, Any]:
             "topk_group", "topk_method", "norm_topk_prob", "routed_scaling_factor", "scoring_func", "moe_layer_freq",
             "output_router_logits", "num_nextn_predict_layers", "aux_loss_alpha", "seq_aux", "ep_size",
         )  # fmt: skip
-    keys.ignore("num_key_value_heads", "head_dim", "qk_head_dim", "embedding_initializer_range")
+    if keys.get("num_key_value_heads", keys.whole("num_attention_heads")) != keys.whole("num_attention_heads"):
+        raise keys.error(
+            "num_key_value_heads", "differs from num_attention_heads, and each head of MLA has its own keys"
+        )
+    keys.ignore("head_dim", "qk_head_dim", "embedding_initializer_range")
     rope = read_rope(keys, 1e4, positions=131072 if keys.model_type == "youtu" else 4096)
     longest = rope.pop("max_seq_len")
     return {

@@ -247,6 +247,14 @@ def _check(model: Decoder, directory: Path, locations: Mapping[str, _Place], nam
     state = hf_state({name: tensor.to("meta") for name, tensor in model.state_dict().items()}, names)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     missing = [name for name in shapes if name not in locations and name != SCORE]
+    foreign = [
+        name for name in locations if name not in shapes and not name.endswith((*names.buffers, "lm_head.weight"))
+    ]
+    if missing and foreign:
+        raise UserError(
+            f"{directory} misses the tensor {missing[0]}{_more(missing)} that {CONFIG} describes, and holds "
+            f"{foreign[0]}{_more(foreign)} instead. The two are of different models: take both from one."
+        )
     if missing:
         raise UserError(f"{directory} misses the tensor {missing[0]}{_more(missing)}. Is the copy complete?")
     # Older files carry RoPE's table; some write a tied head twice.

@@ -159,7 +159,8 @@ def build_on_meta(directory: Path, num_tensors: int) -> Decoder:
     keys = read_json(directory, CONFIG)
     formats, scheme = read_formats(directory)
     description = keys["plmtune"] if "plmtune" in keys else _from_hf_keys(keys, path)
-    model = _build(description, f"{path}, key plmtune", path, num_tensors)
+    where = f"{path}, key plmtune" if "plmtune" in keys else f"{path}, read as model {description['component']}"
+    model = _build(description, where, path, num_tensors)
     own = ("plmtune", "quantization_config")
     model.source_keys = {key: value for key, value in keys.items() if key not in own}
     try:

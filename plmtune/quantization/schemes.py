@@ -28,6 +28,7 @@ from plmtune.registry import register
 
 KEEP = "keep"
 EMBEDDING, HEAD = "tok_embeddings", "output"
+POSITIONS = "pos_embeddings"  # never quantized, as in llama.cpp: there are few, and each is added to a hidden state
 
 
 class LayerFormats(dict[str, Format]):
@@ -122,7 +123,7 @@ def candidates(model: nn.Module) -> dict[str, tuple[int, int]]:
     for name, module in model.named_modules():
         if isinstance(module, Quantized):
             raise ValueError(f"the model is quantized already ({name} is {module.format.name}): take the one before")
-    return shapes(model)
+    return {name: shape for name, shape in shapes(model).items() if name != POSITIONS}
 
 
 def _choose(model: nn.Module, linear: Format | None, embedding: str, rules: Mapping[str, str]) -> dict[str, Format]:

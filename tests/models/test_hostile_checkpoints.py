@@ -150,7 +150,7 @@ class TestIndex:
     def test_a_missing_shard_is_named(self, sharded: Path) -> None:
         name = next(path.name for path in sorted(sharded.glob("*.safetensors")))
         (sharded / name).unlink()
-        refused(sharded, f"{name} is missing")
+        refused(sharded, f"{name}, which is missing")
 
     def test_a_tensor_that_its_shard_does_not_hold(self, sharded: Path) -> None:
         first = next(path.name for path in sorted(sharded.glob("*.safetensors")))

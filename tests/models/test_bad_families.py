@@ -1,0 +1,132 @@
+"""Checkpoints of every kind of family that cannot be loaded are refused in one sentence, before memory is taken."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from made_families import make
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from plmtune.errors import UserError
+from plmtune.inference.sampling import complete
+from plmtune.models.checkpoint_files import _conversion
+from plmtune.models.hf import load_model
+from plmtune.tokenizers.tokenizer_files import bundled
+
+# A family, and the part of a tensor's name that it alone has.
+FAMILIES = {
+    "llama": "o_proj",
+    "gpt2": "c_attn.weight",
+    "phi3": "qkv_proj",
+    "deepseek_v3": "q_b_proj",
+    "gemma3": "q_norm",
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("made")
+    for name in FAMILIES:
+        make(name, root / name)
+    return {name: root / name for name in FAMILIES}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest, made: dict[str, Path], tmp_path: Path) -> tuple[Path, str]:
+    return shutil.copytree(made[request.param], tmp_path / "copy"), FAMILIES[request.param]
+
+
+def edit(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = directory / "config.json"
+    keys = json.loads(path.read_text())
+    change(keys)
+    path.write_text(json.dumps(keys))
+
+
+def tensors(directory: Path, part: str) -> tuple[dict[str, Tensor], str]:
+    state = load_file(directory / "model.safetensors")
+    return state, next(name for name in state if part in name)
+
+
+def test_a_tensor_of_another_shape(family: tuple[Path, str]) -> None:
+    directory, part = family
+    state, name = tensors(directory, part)
+    state[name] = state[name][:-1].contiguous()
+    save_file(state, directory / "model.safetensors")
+    with pytest.raises(UserError, match=rf"model.safetensors: {name} has shape .*, the model needs \["):
+        load_model(directory)
+
+
+def test_a_missing_tensor(family: tuple[Path, str]) -> None:
+    directory, part = family
+    state, name = tensors(directory, part)
+    del state[name]
+    save_file(state, directory / "model.safetensors")
+    with pytest.raises(UserError, match=rf"misses the tensor {name}\. Is the copy complete"):
+        load_model(directory)
+
+
+def test_an_index_that_names_a_missing_file(family: tuple[Path, str]) -> None:
+    directory, part = family
+    state, name = tensors(directory, part)
+    (directory / "model.safetensors").rename(directory / "model-1-of-2.safetensors")
+    files = {held: f"model-{1 + (held == name)}-of-2.safetensors" for held in state}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    named = rf"index.json, key weight_map: {name} is in model-2-of-2.safetensors, which is missing"
+    with pytest.raises(UserError, match=named):
+        load_model(directory)
+
+
+def test_weights_of_another_family(family: tuple[Path, str], made: dict[str, Path]) -> None:
+    directory, _ = family
+    other = made["gpt2" if "h.0" not in str(load_file(directory / "model.safetensors").keys()) else "llama"]
+    shutil.copy(other / "model.safetensors", directory)
+    with pytest.raises(UserError, match=r"misses the tensor .* and holds .* instead. The two are of different models"):
+        load_model(directory)
+
+
+def test_a_value_of_another_type(family: tuple[Path, str]) -> None:
+    directory, _ = family
+    edit(directory, lambda keys: keys.update(tie_word_embeddings="yes"))
+    with pytest.raises(UserError, match=r"config.json, read as model \w+.tie_embeddings: 'yes' is not of type bool"):
+        load_model(directory)
+
+
+def test_heads_that_mla_cannot_share(made: dict[str, Path], tmp_path: Path) -> None:
+    directory = shutil.copytree(made["deepseek_v3"], tmp_path / "copy")
+    edit(directory, lambda keys: keys.update(num_key_value_heads=4))
+    with pytest.raises(UserError, match="num_key_value_heads: differs from num_attention_heads"):
+        load_model(directory)
+
+
+def test_a_pickle_is_refused_with_a_command_that_converts_it(
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = shutil.copytree(made["gemma3"], tmp_path / "a copy")
+    state = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    tied = {"lm_head.weight": state["model.embed_tokens.weight"]}
+    torch.save(state | tied, directory / "pytorch_model.bin")
+    with pytest.raises(
+        UserError, match=r"pytorch_model.bin, a pickle.*convert it:\ncd '.*a copy' && python -c"
+    ) as error:
+        load_model(directory)
+    command = _conversion(directory)
+    assert command in str(error.value)
+    monkeypatch.chdir(directory)
+    exec(shlex.split(command)[-1], {})
+    assert torch.equal(load_model(directory).tok_embeddings.weight, state["model.embed_tokens.weight"])  # type: ignore[arg-type]
+
+
+def test_a_token_without_a_row(made: dict[str, Path]) -> None:
+    model, tokenizer = load_model(made["llama"]), bundled()
+    with pytest.raises(UserError, match=r"token 'hello' \(id \d+\).* 101 rows, none for it"):
+        list(complete(model, tokenizer, "hello", max_new_tokens=1))
