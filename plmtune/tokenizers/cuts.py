@@ -18,7 +18,7 @@ from typing import Any
 
 import regex
 
-from plmtune.tokenizers.bpe import COMPLETE_PATTERNS
+from plmtune.tokenizers.bpe import COMPLETE_PATTERNS, normalize
 
 _WINDOW = 2048  # characters searched for one cut
 _SECONDS = 1.0  # of CPU time for one cut, with a pattern that is not known to be linear
@@ -259,7 +259,7 @@ class Cuts:
         text, places = "", dict[int, int]()
         for at, end in pairwise(starts):  # the last may combine with what follows
             places[len(text)] = at
-            text += unicodedata.normalize(self._form, raw[at:end])
+            text += normalize(self._form, raw[at:end])
         return text, places
 
 

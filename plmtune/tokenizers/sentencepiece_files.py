@@ -79,7 +79,7 @@ def read_model(content: bytes, config: dict[str, Any], where: str) -> tuple[dict
         bos = bos.get("content") if isinstance(bos, dict) else bos
         if bos not in pieces:
             raise UserError(f"{where}: add_bos_token is true, but bos_token {bos!r:.40} is none of its pieces.")
-        data["post_processor"] = puts_before(bos, pieces.index(bos))
+        data["post_processor"] = puts_before({bos: pieces.index(bos)})
     return data, config
 
 

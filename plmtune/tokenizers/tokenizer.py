@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import time
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property
@@ -28,6 +27,7 @@ from plmtune.tokenizers.bpe import (
     QWEN2_PATTERN,
     SINGLE_BYTES,
     Vocabulary,
+    normalize,
 )
 from plmtune.tokenizers.cuts import Cuts
 from plmtune.tokenizers.library import Library
@@ -57,6 +57,7 @@ class Tokenizer:
         eos_id: ends a document.
         bos_id: the special token that begins a text, or None.
         adds_bos: whether each text begins with it, as in transformers. `with_bos` adds it, `encode` never does.
+        first_ids: what `with_bos` adds: bos, and tokens that follow it in some tokenizers.
         end_ids: ids at which the model's answers end, from generation_config.json; eos_id is the first.
         specials: control tokens, id by text.
         token_bytes: number of bytes that each id decodes to, int32 [vocab_size]; 0 for specials and padding.
@@ -73,6 +74,7 @@ class Tokenizer:
         bos: str | None = None,
         adds_bos: bool = False,
         ends: Sequence[int] = (),
+        firsts: Sequence[str] = (),
     ) -> None:
         """Build the tables.
 
@@ -80,6 +82,7 @@ class Tokenizer:
             vocab_size: rows of the embedding, if more than the tokens.
             chat_template: Jinja template of a conversation.
             ends: ids at which an answer ends, besides eos.
+            firsts: the special tokens before a text, if there are several; the first is bos.
 
         Raises:
             ValueError: if eos or bos is no special token, a token occurs twice, or vocab_size is too small.
@@ -92,6 +95,7 @@ class Tokenizer:
         self.eos, self.eos_id = eos, vocabulary.specials[eos]
         self.bos, self.bos_id = bos, vocabulary.specials.get(bos) if bos is not None else None
         self.adds_bos = adds_bos
+        self.first_ids = tuple(vocabulary.specials[text] for text in ((firsts or (bos,)) if adds_bos else ()) if text)
         self.end_ids = tuple(dict.fromkeys((self.eos_id, *ends)))
         self.specials = dict(vocabulary.specials)
         self.chat_template = chat_template
@@ -100,7 +104,12 @@ class Tokenizer:
         self.num_tokens = max(pieces) + 1
         self.vocab_size = self.num_tokens if vocab_size is None else vocab_size
         if self.vocab_size < self.num_tokens:
-            raise ValueError(f"vocab_size ({vocab_size}) is below the tokenizer's {self.num_tokens} tokens")
+            at = next(identity for identity in sorted(pieces) if identity >= self.vocab_size)
+            raise ValueError(
+                f"vocab_size ({vocab_size}) is below the tokenizer's {self.num_tokens} tokens: token {at}, "
+                f"{pieces[at].decode(errors='replace')!r:.60}, has no row in the model. Take the model's tokenizer, "
+                "or remove what names the token"
+            )
         self._pieces = [pieces.get(identity, b"") for identity in range(self.vocab_size)]
         self.token_bytes: npt.NDArray[np.int32] = np.array([len(piece) for piece in self._pieces], dtype=np.int32)
         self.token_bytes[list(self.specials.values())] = 0
@@ -152,13 +161,13 @@ class Tokenizer:
     @property
     def start_id(self) -> int:
         """The token before a text's first one: bos if the tokenizer adds it, else the eos of the text before."""
-        return self.bos_id if self.adds_bos and self.bos_id is not None else self.eos_id
+        return self.first_ids[-1] if self.first_ids else self.eos_id
 
     def with_bos(self, ids: Sequence[int]) -> list[int]:
-        """Return the ids with exactly one bos before them, if the tokenizer adds it."""
-        if not self.adds_bos or self.bos_id is None or (len(ids) and ids[0] == self.bos_id):
+        """Return the ids with exactly one bos before them, and what follows it, if the tokenizer adds it."""
+        if len(ids) and ids[0] in self.first_ids[:1]:
             return list(ids)
-        return [self.bos_id, *ids]
+        return [*self.first_ids, *ids]
 
     def encode_batch(self, texts: Sequence[str], *, specials: bool = False) -> list[Ids]:
         """Return the ids of each text, as `encode`, on all cores."""
@@ -271,7 +280,7 @@ class Tokenizer:
         held = self.vocabulary
         digest = xxhash.xxh3_128()
         if isinstance(held, Library):
-            digest.update(held.digest + repr((self.eos_id, self.adds_bos and self.bos_id)).encode())
+            digest.update(held.digest + repr((self.eos_id, self.first_ids)).encode())
             return digest.hexdigest()
         added = sorted(held.added.items()), sorted(held.specials.items())
         digest.update(repr((held.pattern, held.normalization, added, self.eos_id)).encode())
@@ -281,16 +290,22 @@ class Tokenizer:
         if held.normalized:
             digest.update(repr(sorted(held.normalized)).encode())
         if self.adds_bos:  # the token sequences differ
-            digest.update(f"bos {self.bos_id}".encode())
+            digest.update(f"bos {', '.join(map(str, self.first_ids))}".encode())
         return digest.hexdigest()
+
+    @property
+    def _firsts(self) -> dict[str, int]:
+        return {
+            text: identity for identity in self.first_ids for text, held in self.specials.items() if held == identity
+        }
 
     @cached_property
     def _json(self) -> str:
         # Cached: a run saves the same tokenizer with every checkpoint.
         if self._library is not None:
-            return tokenizer_json_writer.render_library(self._library, self.bos if self.adds_bos else None)
+            return tokenizer_json_writer.render_library(self._library, self._firsts)
         assert isinstance(self.vocabulary, Vocabulary)
-        return tokenizer_json_writer.render(self.vocabulary, self.bos if self.adds_bos else None)
+        return tokenizer_json_writer.render(self.vocabulary, self._firsts)
 
     def _cuts(self, text: str) -> Iterator[str]:
         if (
@@ -335,8 +350,7 @@ class Tokenizer:
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def _normalize(self, text: str) -> str:
-        form = self.vocabulary.normalization
-        return text if form is None or text.isascii() else unicodedata.normalize(form, text)
+        return normalize(self.vocabulary.normalization, text)
 
     def _encode_plain(self, text: str) -> Ids:
         text = self._normalize(text)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from plmtune.errors import UserError, did_you_mean
 from plmtune.io import hub, manifest
 from plmtune.registry import register
-from plmtune.tokenizers import sentencepiece_files, tokenizer_json
+from plmtune.tokenizers import added_tokens, sentencepiece_files, tokenizer_json
 from plmtune.tokenizers.bpe import (
     BYTE_PATTERN,
     CHATML_SPECIALS,
@@ -27,7 +27,12 @@ from plmtune.tokenizers.builtin_templates import CHATML_TEMPLATE
 from plmtune.tokenizers.library import Library
 from plmtune.tokenizers.tokenizer import Tokenizer
 
-_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
+_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
+_LISTS = ("additional_special_tokens", "extra_special_tokens")
 _EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
 
 # PLM's embedding has more rows than Qwen2 has tokens; known without the file, for a dry run.
@@ -53,12 +58,20 @@ def _read_json(path: Path) -> Tokenizer:
         data, config = sentencepiece_files.read_model(read_file(path), config, str(path))
     else:
         data = tokenizer_json.load_json(read_file(path), str(path))
-    data = tokenizer_json.with_added_of_config(data, config, str(path.with_name("tokenizer_config.json")))
+    data = added_tokens.with_added_of_config(data, config, str(path.with_name("tokenizer_config.json")))
+    beside = _read_config(path.with_name("special_tokens_map.json"))
+    new = [text for held in (config, beside) for text in _texts_of(held, _LISTS)]
+    named = {*new, *_texts_of(config, _NAMES), *_texts_of(beside, _NAMES)}
+    data = added_tokens.with_named(data, named, new, _read_config(path.with_name("added_tokens.json")), str(path))
     vocabulary = _engine(data, str(path))
-    eos = _eos(vocabulary, _text_of(config.get("eos_token")), path)
+    eos = _eos(vocabulary, _text_of(config.get("eos_token", beside.get("eos_token"))), path)
     # As in transformers 5, the post-processor alone decides, not add_bos_token of the configuration.
-    first = tokenizer_json.first_token(data)
-    bos, adds_bos = first or _text_of(config.get("bos_token")), first is not None
+    firsts = added_tokens.first_tokens(data)
+    adds_bos = bool(firsts)
+    bos = firsts[0][0] if firsts else _text_of(config.get("bos_token", beside.get("bos_token")))
+    for text, identity in firsts[1:]:
+        if vocabulary.specials.get(text) != identity:
+            raise UserError(f"{path}, key post_processor: {text!r} before a text is no special token of this id.")
     if bos not in vocabulary.specials and not adds_bos:
         bos = None
     template = _default_template(config.get("chat_template"))
@@ -79,7 +92,8 @@ def _read_json(path: Path) -> Tokenizer:
             chat_template=template,
             bos=bos,
             adds_bos=adds_bos,
-            ends=_ends(path.parent),
+            ends=_ends(path.parent, vocabulary, beside),
+            firsts=[text for text, _ in firsts],
         )
     except ValueError as error:
         raise UserError(f"{path}: {error}.") from error
@@ -101,16 +115,31 @@ def _default_template(found: Any) -> str | None:
     return _text_of(found)
 
 
-def _ends(directory: Path) -> list[int]:
-    """Return the ids that end a model's answers, as transformers does: of generation_config.json, else config.json."""
+def _texts_of(config: dict[str, Any], keys: tuple[str, ...]) -> list[str]:
+    """Return the special tokens that tokenizer_config.json or special_tokens_map.json names under keys."""
+    held: list[Any] = []
+    for key in keys:
+        entry: Any = config.get(key)
+        if isinstance(entry, dict) and "content" not in entry:
+            entry = list(entry.values())
+        held += entry if isinstance(entry, list) else [entry]
+    return [text for token in held if (text := _text_of(token))]
+
+
+def _ends(directory: Path, vocabulary: Vocabulary | Library, beside: dict[str, Any]) -> list[int]:
+    """Return the ids that end a model's answers: all that the files beside a tokenizer name.
+
+    Where generation_config.json names some, those of config.json must be special: its class may have a default.
+    """
+    ends: list[int] = []
     for name in ("generation_config.json", "config.json"):
         found = _read_config(directory / name).get("eos_token_id")
         ids = found if isinstance(found, list) else [] if found is None else [found]
         if not all(type(identity) is int and 0 <= identity < MAX_ID for identity in ids):
             raise UserError(f"{directory / name}: eos_token_id {found!r:.80} is no token id, and no list of them.")
-        if ids:
-            return ids
-    return []
+        ends += [identity for identity in ids if not ends or identity in vocabulary.specials.values()]
+    named = vocabulary.specials.get(_text_of(beside.get("eos_token")) or "")
+    return ends if named is None else [*ends, named]
 
 
 def _eos(vocabulary: Vocabulary | Library, named: str | None, path: Path) -> str:

@@ -32,20 +32,22 @@ def skeleton(pattern: str, normalization: Normalization | None) -> dict[str, Any
     }
 
 
-def puts_before(token: str, identity: int) -> dict[str, Any]:
-    """A post-processor that puts a token before each text."""
-    first, text = {"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
-    second = [{"SpecialToken": {"id": token, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+def puts_before(tokens: dict[str, int]) -> dict[str, Any]:
+    """A post-processor that puts tokens, id by text, before each text."""
+    first, second = ([{"SpecialToken": {"id": token, "type_id": at}} for token in tokens] for at in (0, 1))
+    text = {"Sequence": {"id": "A", "type_id": 0}}
     return {
         "type": "TemplateProcessing",
-        "single": [first, text],
-        "pair": [first, text, *second],
-        "special_tokens": {token: {"id": token, "ids": [identity], "tokens": [token]}},
+        "single": [*first, text],
+        "pair": [*first, text, *second, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {
+            token: {"id": token, "ids": [identity], "tokens": [token]} for token, identity in tokens.items()
+        },
     }
 
 
-def render(vocabulary: Vocabulary, first: str | None = None) -> str:
-    """Return the tokenizer.json of a vocabulary; `first` is a special token before each text."""
+def render(vocabulary: Vocabulary, first: dict[str, int]) -> str:
+    """Return the tokenizer.json of a vocabulary; `first` are special tokens before each text."""
     chars = [to_chars(token) for token in vocabulary.tokens]
     vocab = dict(zip(chars, vocabulary.ids, strict=True))
     vocab |= {to_chars(token): identity for identity, token in vocabulary.unreachable.items()}
@@ -63,10 +65,10 @@ def render(vocabulary: Vocabulary, first: str | None = None) -> str:
         added_token(identity, content, special=content in specials, normalized=content in normalized)
         for content, identity in sorted((specials | vocabulary.added).items(), key=lambda item: item[1])
     ]
-    if first is not None:
-        data["post_processor"] = puts_before(first, vocabulary.specials[first])
+    if first:
+        data["post_processor"] = puts_before(first)
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"))
 
 
-def render_library(held: Library, first: str | None) -> str:
-    return held.render({} if first is None else {"post_processor": puts_before(first, held.specials[first])})
+def render_library(held: Library, first: dict[str, int]) -> str:
+    return held.render({"post_processor": puts_before(first)} if first else {})

@@ -275,7 +275,7 @@ class TestEnds:
         bos = 257
         with_bos = SimpleNamespace(
             **{key: getattr(tokenizer, key) for key in ("eos_id", "encode_batch", "cuts", "save", "decode")},
-            vocab_size=258, start_id=bos, fingerprint="with bos",
+            vocab_size=258, first_ids=(bos,), fingerprint="with bos",
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "GROUP", group)
@@ -330,7 +330,7 @@ class TestRefused:
 
     def test_a_tokenizer_that_gives_ids_beyond_its_vocabulary(self, tmp_path, tokenizer):
         class Wrong:
-            vocab_size, eos_id, start_id, fingerprint = 50, 0, 0, "wrong"
+            vocab_size, eos_id, first_ids, fingerprint = 50, 0, (), "wrong"
             encode_batch = staticmethod(tokenizer.encode_batch)
 
         with pytest.raises(ValueError, match=r"id 122, beyond its vocab_size \(50\)"):

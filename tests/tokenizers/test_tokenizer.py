@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import unicodedata
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,7 +16,7 @@ import pytest
 import tokenizers as reference
 
 from plmtune.errors import UserError
-from plmtune.tokenizers import tokenizer_json, tokenizer_json_writer
+from plmtune.tokenizers import bpe, tokenizer_json, tokenizer_json_writer
 from plmtune.tokenizers.bpe import (
     CHATML_SPECIALS,
     COMPLETE_PATTERNS,
@@ -24,6 +25,7 @@ from plmtune.tokenizers.bpe import (
     O200K_PATTERN,
     QWEN2_PATTERN,
     Vocabulary,
+    normalize,
 )
 from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.tokenizers.tokenizer_files import bundled, byte, file, load_tokenizer, qwen2
@@ -712,6 +714,86 @@ class TestBeginning:
         (tmp_path / "tokenizer.json").write_text(written.replace('"id":"<|im_start|>"', '"id":"<s>"'))
         with pytest.raises(UserError, match="bos '<s>' is no special token"):
             load_tokenizer(tmp_path)
+
+
+def beside(place: Path, **files: Any) -> Path:
+    """The bundled tokenizer with other files, by name without .json."""
+    bundled().save(place)
+    for name, content in files.items():
+        (place / f"{name}.json").write_text(json.dumps(content))
+    return place
+
+
+class TestFilesBeside:
+    @pytest.mark.parametrize("ranks", [True, False])
+    def test_all_tokens_before_a_text_are_kept(self, ranks: bool, tmp_path: Path) -> None:
+        theirs = reference.Tokenizer.from_file(str(ASSETS / "tokenizer.json"))
+        theirs.post_processor = reference.processors.TemplateProcessing(
+            single="<|im_start|> <|im_end|> $A", special_tokens=[("<|im_start|>", 4094), ("<|im_end|>", 4095)]
+        )
+        if not ranks:
+            theirs.normalizer = reference.normalizers.Lowercase()
+        theirs.save(str(tmp_path / "tokenizer.json"))
+        ours = load_tokenizer(tmp_path)
+        assert ours.with_bos(ours.encode("a b")) == theirs.encode("a b").ids == ours.with_bos(theirs.encode("a b").ids)
+        assert (ours.first_ids, ours.start_id, ours.bos) == ((4094, 4095), 4095, "<|im_start|>")
+        ours.save(tmp_path / "saved")
+        again = load_tokenizer(tmp_path / "saved")
+        assert (again.first_ids, again.fingerprint) == (ours.first_ids, ours.fingerprint)
+        assert reference.Tokenizer.from_file(str(tmp_path / "saved" / "tokenizer.json")).encode("a").ids[:2] == [
+            4094,
+            4095,
+        ]
+
+    def test_an_answer_ends_at_each_token_that_a_file_names(self, tmp_path: Path) -> None:
+        place = beside(
+            tmp_path,
+            config={"eos_token_id": [2, 4094]},
+            generation_config={"eos_token_id": [4095, 300]},
+            special_tokens_map={"eos_token": {"content": "<|im_end|>"}},
+        )
+        # 2 is the default of LlamaConfig, here a letter.
+        assert load_tokenizer(place).end_ids == (4093, 4095, 300, 4094)
+        (place / "generation_config.json").unlink()
+        assert load_tokenizer(place).end_ids == (4093, 2, 4094, 4095)
+
+    def test_special_tokens_that_only_these_files_name(self, tmp_path: Path) -> None:
+        transformers = pytest.importorskip("transformers")
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": "<|endoftext|>",
+            "additional_special_tokens": ["<new>", "the"],
+        }
+        place = beside(tmp_path, tokenizer_config=config, special_tokens_map={"bos_token": "<|im_start|>"})
+        ours, theirs = load_tokenizer(place), transformers.AutoTokenizer.from_pretrained(place)
+        for text in ("a<new>b the", "<|im_start|>x"):
+            assert ours.encode(text, specials=True) == theirs(text)["input_ids"]
+        assert (ours.specials["<new>"], ours.bos) == (4096, "<|im_start|>")
+        (place / "config.json").write_text('{"vocab_size": 4096}')
+        with pytest.raises(UserError, match=r"token 4096, '<new>', has no row in the model\. Take the model"):
+            load_tokenizer(place)
+
+    def test_tokens_of_added_tokens_json(self, tmp_path: Path) -> None:
+        place = beside(tmp_path, added_tokens={"<tool>": 4096}, tokenizer_config={})
+        assert load_tokenizer(place).encode("a<tool>")[-1] == 4096
+        with pytest.raises(UserError, match="has the id 5000 where"):
+            load_tokenizer(beside(tmp_path, added_tokens={"<tool>": 5000}, tokenizer_config={}))
+
+
+class TestNormalization:
+    @pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
+    def test_is_the_library_s_whatever_the_tables_of_python_are(self, form: Any) -> None:
+        theirs = getattr(reference.normalizers, form)()
+        for start in range(0, 0x110000, 64):
+            text = "".join(map(chr, range(start, start + 64)))
+            if not 0xD800 <= start < 0xE000:
+                assert normalize(form, text) == theirs.normalize_str(text)
+        assert normalize(form, "\ud800\U0001f600") == "\ufffd\U0001f600"
+
+    def test_python_s_own_are_used_for_characters_of_unicode_3(self) -> None:
+        stable = [char for char in map(chr, range(0x110000)) if bpe._STABLE.fullmatch(char)]
+        assert len(stable) > 30_000
+        assert "Cn" not in {unicodedata.ucd_3_2_0.category(char) for char in stable}
 
 
 class TestBatchesWithSpecials:
