@@ -122,6 +122,11 @@ def setup_model(
             raise UserError(
                 f"init_from={init.name} no longer holds the base weights of the adapters in {resumed}. Put them back."
             )
+        if adapter_config["peft_type"] != "LORA":
+            notes.append(
+                "The base's files hold several matrices in one, so PEFT does not load these adapters as they are: "
+                "plmtune export RUN --to hf --adapters keep writes its form of them"
+            )
     trained = runtime.distribute(model, compile=cfg.runtime.compile)
     return FinetuneModel(model, trained, tokenizer, model.dtype, adapter_config, scheme, notes)
 
