@@ -224,7 +224,7 @@ class Preference:
             if tasks and tasks.due(self.step, num_steps):
                 measured = tasks.measure(self.model, runtime, run.path, self.step, monitor)
             stop = monitor.should_stop()
-            if last or stop or self.checkpoints.is_due(self.step):
+            if last or stop or is_due(self.step, cfg.checkpoint.every):
                 with monitor.paused():
                     self.save_checkpoint(metrics, wait=last or stop)
             elif self.checkpoints.has_failed(monitor.message):

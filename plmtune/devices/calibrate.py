@@ -91,11 +91,7 @@ def small_decoders() -> dict[str, Callable[[], Decoder]]:
     }
 
 
-def calibrate(
-    *,
-    with_llama_cpp: bool = True,
-    log: Callable[[str], None] = lambda text: None,
-) -> Device:
+def calibrate(*, with_llama_cpp: bool = True, log: Callable[[str], None] = lambda text: None) -> Device:
     """Measure the CPU of this machine, with as many threads as torch uses now; a minute or so.
 
     Args:
@@ -111,10 +107,8 @@ def calibrate(
     log("multiplying matrices")
     compute = peak_flops(torch.device("cpu"), torch.bfloat16)
     rates = {"plmtune": _ours(bandwidth, log)}
-    if with_llama_cpp:
-        found = _llama_cpp(bandwidth, compute, threads, log)
-        if found is not None:
-            rates["llama.cpp"] = found
+    if with_llama_cpp and (found := _llama_cpp(bandwidth, compute, threads, log)) is not None:
+        rates["llama.cpp"] = found
     total = psutil.virtual_memory().total
     return Device(
         key="here",
@@ -190,16 +184,12 @@ def _ours(bandwidth: float, log: Callable[[str], None]) -> RuntimeRates:
         _Timing(model_shape, scheme, _PROMPT, min(opened.timed([0] * _PROMPT, 1).prompt for _ in range(2)))
         for model_shape, scheme, opened in held
     ]
-    return _rates("plmtune", timings, prompts, bandwidth, _attention_rate())
-
-
-@torch.inference_mode()
-def _attention_rate() -> float:
-    """FLOP/s of causal attention over a prompt of 1,024 tokens."""
+    # FLOP/s of causal attention over a prompt of 1,024 tokens.
     heads, tokens, width = 8, 1024, 64
-    q, k, v = (torch.zeros(1, heads, tokens, width, dtype=torch.bfloat16) for _ in range(3))
-    best = min(measure_seconds(lambda: attend(q, k, v, None, 1.0), q.device) for _ in range(3))
-    return heads * tokens * tokens * 2 * width / best
+    with torch.inference_mode():
+        q, k, v = (torch.zeros(1, heads, tokens, width, dtype=torch.bfloat16) for _ in range(3))
+        best = min(measure_seconds(lambda: attend(q, k, v, None, 1.0), q.device) for _ in range(3))
+    return _rates("plmtune", timings, prompts, bandwidth, heads * tokens * tokens * 2 * width / best)
 
 
 def _llama_cpp(bandwidth: float, compute: float, threads: int, log: Callable[[str], None]) -> RuntimeRates | None:
@@ -229,11 +219,7 @@ def _llama_cpp(bandwidth: float, compute: float, threads: int, log: Callable[[st
 
 
 def _rates(
-    runtime: str,
-    timings: Sequence[_Timing],
-    prompts: Sequence[_Timing],
-    bandwidth: float,
-    attention: float,
+    runtime: str, timings: Sequence[_Timing], prompts: Sequence[_Timing], bandwidth: float, attention: float
 ) -> RuntimeRates:
     """Fit what `predict.decode_seconds` adds up to the times, each weighted by its own, so that errors are relative."""
     rows: list[dict[tuple[str, str], float]] = []

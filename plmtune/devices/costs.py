@@ -266,25 +266,22 @@ def _our_forms(model_shape: ModelShape, scheme: str) -> dict[str, tuple[str, int
 
 
 def _gguf_forms(model_shape: ModelShape, scheme: str) -> dict[str, tuple[str, int]]:
-    types = {matrix: _gguf_type(scheme.upper(), matrix, model_shape) for matrix in model_shape.matrices}
-    return {matrix.name: (type, stored_bytes(type, matrix.numel)) for matrix, type in types.items()}
-
-
-def _gguf_type(kind: str, matrix: Matrix, model_shape: ModelShape) -> str:
-    """What llama.cpp's quantizer (llama_tensor_get_type) stores a matrix as; one type for all where ours writes."""
-    if matrix.name == POSITIONS:
-        return "F32"
-    if kind in QUANTIZED:
+    """What llama.cpp's quantizer (llama_tensor_get_type) stores matrices as; one type for all where ours writes."""
+    kind, forms, head = scheme.upper(), {}, model_shape.head
+    first, last = model_shape.num_layers // 8, 7 * model_shape.num_layers // 8
+    for matrix in model_shape.matrices:
+        layer = matrix.layer or 0
         # The vocabulary's projection, and of a mix (_M) what errors hurt most in half of the layers, get 6 bits.
         delicate = matrix.name.endswith(("v_proj", "down_proj")) and kind in ("Q4_K_M", "Q5_K_M")
-        if matrix is model_shape.head or (delicate and _gets_more_bits(matrix.layer or 0, model_shape.num_layers)):
-            return stored_type("Q6_K", matrix.width)
-    return stored_type(kind, matrix.width, head=matrix is model_shape.head)
-
-
-def _gets_more_bits(layer: int, num_layers: int) -> bool:
-    first = num_layers // 8
-    return layer < first or layer >= 7 * num_layers // 8 or (layer - first) % 3 == 2
+        delicate = delicate and (layer < first or layer >= last or (layer - first) % 3 == 2)
+        if matrix.name == POSITIONS:
+            type = "F32"
+        elif kind in QUANTIZED and (matrix is head or delicate):
+            type = stored_type("Q6_K", matrix.width)
+        else:
+            type = stored_type(kind, matrix.width, head=matrix is head)
+        forms[matrix.name] = type, stored_bytes(type, matrix.numel)
+    return forms
 
 
 def cache_bytes(model_shape: ModelShape, runtime: str, tokens: int = 1, *, dtype_bytes: int = 2) -> int:

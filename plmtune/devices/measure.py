@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +116,6 @@ def measure(target: str, *, log: Callable[[str], None] = lambda text: None, **op
             with random weights.
         log: gets a line for each step.
         options: those of `Options`.
-
-    Raises:
-        UserError: if there is no such target, it does not fit, or the process ended.
-        ValueError: for impossible numbers.
     """
     asked = Options(**options)
     if Path(target).is_dir():
@@ -159,11 +155,10 @@ def measure(target: str, *, log: Callable[[str], None] = lambda text: None, **op
         found = json.loads(answer.read_text(encoding="utf-8"))
     if "error" in found:
         raise UserError(found["error"])
-    return [_read(entry) for entry in found["measurements"]]
-
-
-def _read(entry: dict[str, Any]) -> Measurement:
-    return replace(Measurement(**entry), sparse=tuple(entry["sparse"]) if entry["sparse"] else None)
+    return [
+        Measurement(**entry | {"sparse": tuple(entry["sparse"]) if entry["sparse"] else None})
+        for entry in found["measurements"]
+    ]
 
 
 _SAYS = "plmtune says: "
@@ -208,7 +203,8 @@ def measure_here(target: str, *, log: Callable[[str], None] = lambda text: None,
         for context in fitting:
             log(f"{target}: context {context:,}")
             first, token = model.timed(context, new_tokens, read_prompt=asked.read_prompt)
-            weights, cache = model.weight_bytes(), model.cache_bytes(context)
+            weights = model.weight_bytes()
+            cache = None if model.bytes_cached is None else model.bytes_cached * context
             measured.append(
                 Measurement(
                     target=target,

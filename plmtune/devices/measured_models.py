@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -30,24 +31,23 @@ Sparse = Literal["auto", "on", "off"]
 SAMPLE = 256  # tokens of text that are read without a prompt, and repeated to fill the cache
 
 
+@dataclass
 class MeasuredModel:
     """A model that a runtime has opened.
 
     Attributes:
         weights, sparse: as in Measurement.
-
-    Args:
-        weight_bytes: of the weights that one token reads; None where the file does not say.
-        cache_bytes: of the cache that one token reads for each in it.
+        bytes_read: of the weights that one token reads; None where the file does not say.
+        bytes_cached: of the cache that one token reads for each in it.
     """
 
+    opened: InferenceRuntime
+    weights: str
+    bytes_read: int | None
+    bytes_cached: int | None
     sparse: tuple[int, int] | None = None
 
-    def __init__(
-        self, opened: InferenceRuntime, weights: str, weight_bytes: int | None, cache_bytes: int | None
-    ) -> None:
-        self.opened, self.weights = opened, weights
-        self._weight_bytes, self._cache_bytes = weight_bytes, cache_bytes
+    def __post_init__(self) -> None:
         self._random = torch.Generator().manual_seed(0)
 
     def prompt(self, count: int) -> list[int]:
@@ -63,18 +63,11 @@ class MeasuredModel:
         return found.prompt, found.token
 
     def weight_bytes(self) -> int | None:
-        return self._weight_bytes
-
-    def cache_bytes(self, context: int) -> int | None:
-        return None if self._cache_bytes is None else self._cache_bytes * context
+        return self.bytes_read
 
 
 class PyTorchModel(MeasuredModel):
-    """A decoder in PyTorch.
-
-    Args:
-        sample: tokens of a text, repeated to the length of a prompt; None: random ones.
-    """
+    """A decoder in PyTorch; its prompts repeat a sample, the tokens of a text or, for None, random ones."""
 
     opened: PyTorchRuntime
 
@@ -84,12 +77,11 @@ class PyTorchModel(MeasuredModel):
         self._sample = list(sample) if sample else super().prompt(SAMPLE)
         able = len(sparse_decode.squared_relus(model))
         if able:
-            on = 0
             if sparse == "auto":
-                on = sum(choice.on for choice in sparse_decode.choose(model, self._sample))
+                sparse_decode.choose(model, self._sample)
             elif sparse == "on":
-                on = sparse_decode.switch(model, True)
-            self.sparse = (on, able)
+                sparse_decode.switch(model, True)
+            self.sparse = (sum(ffn.sparse for ffn in sparse_decode.squared_relus(model).values()), able)
 
     def prompt(self, count: int) -> list[int]:
         return (self._sample * -(-count // len(self._sample)))[:count]
@@ -122,17 +114,13 @@ class PyTorchModel(MeasuredModel):
                 held = module.dense
                 total += module.format.num_bytes((module.num_rows, module.width)) if held is None else held.nbytes
             total += sum(parameter.nbytes for parameter in module.parameters(recurse=False))
-        return total - self._skipped()
-
-    def _skipped(self) -> int:
-        """Bytes of `down` that a token skips; a token is decoded in the place of the last one."""
-        skipping = [ffn for ffn in sparse_decode.squared_relus(self.opened.model).values() if ffn.sparse]
+        # Less what a token skips of `down`; one is decoded in the place of the last one.
+        skipping = [ffn for ffn in sparse_decode.squared_relus(model).values() if ffn.sparse]
         self.opened.cache.truncate(self.opened.cache.length - 1)
         with with_attributes(skipping, record_sparsity=True):
             self.opened.step(self.opened.newest)
-        return sum(
-            int(ffn.sparsity.mean() * ffn.down_proj.weight.nbytes) for ffn in skipping if ffn.sparsity is not None
-        )
+        shares = [(ffn.sparsity, ffn.down_proj.weight.nbytes) for ffn in skipping]
+        return total - sum(int(share.mean() * size) for share, size in shares if share is not None)
 
 
 def _form(model: Decoder) -> str:

@@ -24,11 +24,8 @@ def front(points: Sequence[Point]) -> list[Point]:
     if not fitting:
         return []
     merits = np.array([(p.prediction.decode, -p.prediction.memory, p.parameters) for p in fitting], dtype=float)
-    kept = []
-    for index, merit in enumerate(merits):
-        beaten = (merits >= merit).all(axis=1) & (merits > merit).any(axis=1)
-        if not beaten.any():
-            kept.append(fitting[index])
+    beaten = [((merits >= merit).all(axis=1) & (merits > merit).any(axis=1)).any() for merit in merits]
+    kept = [point for point, worse in zip(fitting, beaten, strict=True) if not worse]
     return sorted(kept, key=lambda point: -(point.prediction.decode or 0.0))
 
 

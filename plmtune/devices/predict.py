@@ -44,11 +44,11 @@ class Prediction:
     workspace: int
     program: int
     available: int
-    first_token: float | None
-    prefill: float | None
-    decode: float | None
     error: float
     calibrated: bool
+    first_token: float | None = None
+    prefill: float | None = None
+    decode: float | None = None
 
     @property
     def memory(self) -> int:
@@ -79,13 +79,9 @@ def predict(
     context: int = 2048,
     prompt: int = 512,
 ) -> Prediction:
-    """Predict one model in one scheme, one text at a time.
+    """Predict one model in one scheme of a runtime, such as int4 or q8_0, one text at a time.
 
     Args:
-        model_shape: of the model, `ModelShape.of(model)`.
-        device: it runs on.
-        scheme: of the runtime, such as int4 or q8_0.
-        runtime: plmtune or llama.cpp.
         context: tokens in the cache.
         prompt: tokens that are read before the first is written; at most the context counts.
     """
@@ -104,9 +100,6 @@ def predict(
         workspace=costs.workspace_bytes(model_shape, runtime, prompt, context),
         program=int(rates.program) if rates else costs.PROGRAM[runtime],
         available=int(device.available),
-        first_token=None,
-        prefill=None,
-        decode=None,
         error=_error(device, runtime, rates, held),
         calibrated=rates is not None,
     )

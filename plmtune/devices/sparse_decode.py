@@ -47,12 +47,10 @@ def squared_relus(model: Decoder) -> dict[int, SquaredReLU]:
     }
 
 
-def switch(model: Decoder, on: bool) -> int:
-    """Switch skipping on or off in all layers that can skip zeros; return how many there are."""
-    found = squared_relus(model)
-    for ffn in found.values():
+def switch(model: Decoder, on: bool) -> None:
+    """Switch skipping on or off in all layers that can skip zeros."""
+    for ffn in squared_relus(model).values():
         ffn.sparse = on
-    return len(found)
 
 
 @torch.no_grad()
@@ -63,9 +61,6 @@ def choose(model: Decoder, ids: Sequence[int] | Tensor, *, rounds: int = 5) -> l
         model: that decodes; changed in place.
         ids: some text's tokens, of which the first 512 are read.
         rounds: of the measurement; in each a product of all layers is timed with several tokens' inputs.
-
-    Returns:
-        list[LayerChoice]: of each layer with squared ReLU whose `down` holds no integers; empty where there is none.
     """
     found = squared_relus(model)
     text = torch.as_tensor(ids, device=model.device).view(1, -1)[:, : min(_LONGEST, model.max_seq_len)]

@@ -107,20 +107,14 @@ def sweep(
                     if isinstance(value, UserError):
                         raise value
                     model = _put(model, text.partition("=")[0].split(".")[1:], value)
-                model_shape = _shape_of(seen, model, rows)
-                prediction = predict(
-                    model_shape, device, scheme=scheme, runtime=runtime, context=context, prompt=prompt
-                )
-                if context > model_shape.max_seq_len:
-                    raise UserError(
-                        f"a context of {context:,} exceeds the model's max_seq_len ({model_shape.max_seq_len:,})"
-                    )
+                shape = _shape_of(seen, model, rows)
+                reached = predict(shape, device, scheme=scheme, runtime=runtime, context=context, prompt=prompt)
+                if context > shape.max_seq_len:
+                    raise UserError(f"a context of {context:,} exceeds the model's max_seq_len ({shape.max_seq_len:,})")
             except (UserError, ValueError) as error:
                 found.impossible.setdefault(str(error), []).append(settings)
             else:
-                found.points.append(
-                    Point(settings, model_shape.parameters, model_shape.non_embedding_parameters, prediction)
-                )
+                found.points.append(Point(settings, shape.parameters, shape.non_embedding_parameters, reached))
             done += 1
             if progress is not None:
                 progress(done, total)

@@ -54,10 +54,6 @@ class CodeRunner:
             references: of each problem, the tests.
             predictions: of each problem, whole programs.
             k: values above a problem's number of programs are left out, as in the original metric.
-
-        Raises:
-            ValueError: if there are not as many references as predictions, or a problem has no program.
-            NoSandbox: if this machine cannot isolate.
         """
         if len(references) != len(predictions):
             raise ValueError(f"there are {len(references)} references, but predictions for {len(predictions)} problems")

@@ -77,7 +77,12 @@ def compare(results: Sequence[Result], *, all_tasks: bool = False) -> list[Row]:
         scores = tuple(score(result, line) for result in results)
         differences = (None, *(_difference(results[0], other, line) for other in results[1:]))
         rows.append(Row(line, direction(scores), scores, differences))
-    return _corrected(rows)
+    found = iter(holm([one.p for row in rows for one in row.differences if one and one.p is not None]))
+
+    def correct(one: Difference | None) -> Difference | None:
+        return replace(one, corrected=next(found)) if one and one.p is not None else one
+
+    return [replace(row, differences=tuple(map(correct, row.differences))) for row in rows]
 
 
 def table(rows: Sequence[Row], results: Sequence[Result]) -> list[Table | str]:
@@ -102,9 +107,8 @@ def table(rows: Sequence[Row], results: Sequence[Result]) -> list[Table | str]:
             grid.add(task, metric, name, difference, p, note)
             task = metric = ""
     tests = sum(one is not None and one.p is not None for row in rows for one in row.differences)
-    if tests > 1:
-        return [grid, f"p is corrected for these {tests} tests together (Holm); --json also has it uncorrected."]
-    return [grid]
+    corrected = f"p is corrected for these {tests} tests together (Holm); --json also has it uncorrected."
+    return [grid, *([corrected] if tests > 1 else [])]
 
 
 def as_json(rows: Sequence[Row], files: Sequence[Path]) -> dict[str, Any]:
@@ -112,11 +116,8 @@ def as_json(rows: Sequence[Row], files: Sequence[Path]) -> dict[str, Any]:
     return {
         "results": [str(file) for file in files],
         "rows": [
-            {
-                "task": row.line.task,
-                "metric": row.line.metric,
-                **{key: value for key, value in asdict(row).items() if key != "line"},
-            }
+            {"task": row.line.task, "metric": row.line.metric}
+            | {key: value for key, value in asdict(row).items() if key != "line"}
             for row in rows
         ],
     }
@@ -275,13 +276,3 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
         corrected[index] = highest
     return corrected
-
-
-def _corrected(rows: Sequence[Row]) -> list[Row]:
-    """Return rows whose differences have the p-values that are corrected for all of them."""
-    found = iter(holm([one.p for row in rows for one in row.differences if one and one.p is not None]))
-
-    def correct(one: Difference | None) -> Difference | None:
-        return replace(one, corrected=next(found)) if one and one.p is not None else one
-
-    return [replace(row, differences=tuple(map(correct, row.differences))) for row in rows]

@@ -23,9 +23,6 @@ def draw(
 
     Args:
         files: of the results, if any.
-
-    Raises:
-        UserError: if there is nothing to draw, too much of it, or the file cannot be written.
     """
     rows = [row for row in rows if any(one and one.value is not None for one in row.scores)]
     if not rows:
@@ -75,7 +72,7 @@ def _draw_scores(panel: Any, rows: Sequence[Row], num: int) -> None:
                 low, high = min(low, one.value), min(high, 1 - one.value)
             elif one.value > 0:
                 low = min(low, one.value * 0.9)  # a logarithmic axis has no 0
-            panel.errorbar(one.value, _place(index, i, num), xerr=[[low], [high]], **_look(i))
+            _bar(panel, one.value, (low, high), index, i, num)
     values = [one.value for row in rows for one in row.scores if one and one.value is not None]
     if not shares and min(values) > 0:
         panel.set_xscale("log")
@@ -100,14 +97,14 @@ def _draw_differences(panel: Any, rows: Sequence[Row], names: Sequence[str]) -> 
                 continue
             # Other scales have no common unit, so each is relative to its first value.
             scale = 1.0 if shares else 100.0 / abs(first or 1.0)
-            style = _look(i) | ({} if one.paired else {"markerfacecolor": "white"})
             low = high = Z_95 * one.stderr * scale
             if shares:  # no share can differ by more than 1
                 low, high = min(low, max(0.0, one.mean + 1)), min(high, max(0.0, 1 - one.mean))
-            panel.errorbar(one.mean * scale, _place(index, i, len(names)), xerr=[[low], [high]], **style)
-    what = f"difference to {names[0]}" if shares else f"difference to {names[0]} in %"
-    hollow = any(one and one.stderr is not None and not one.paired for row in rows for one in row.differences)
-    panel.set_xlabel(what + (" (hollow: unpaired)" if hollow else ""))
+            hollow = {} if one.paired else {"markerfacecolor": "white"}
+            _bar(panel, one.mean * scale, (low, high), index, i, len(names), **hollow)
+    unpaired = any(one and one.stderr is not None and not one.paired for row in rows for one in row.differences)
+    unit = ("" if shares else " in %") + (" (hollow: unpaired)" if unpaired else "")
+    panel.set_xlabel(f"difference to {names[0]}{unit}")
     _finish(panel, rows)
     panel.set_yticks(range(len(rows)), [])
 
@@ -121,10 +118,7 @@ def _finish(panel: Any, rows: Sequence[Row]) -> None:
     panel.spines[["top", "right", "left"]].set_visible(False)
 
 
-def _place(index: int, i: int, num: int) -> float:
-    """Return the height of result `i` in row `index`: the first on top, as in the legend."""
-    return index + (i - (num - 1) / 2) * 0.7 / max(num, 2)
-
-
-def _look(i: int) -> dict[str, Any]:
-    return {**look(i), "markersize": 5, "linestyle": "none", "elinewidth": 1.3, "capsize": 2}
+def _bar(panel: Any, value: float, ends: tuple[float, float], index: int, i: int, num: int, **style: Any) -> None:
+    """Draw a value of result `i` in row `index`, the first on top as in the legend, and how far its bar reaches."""
+    style = {**look(i), "markersize": 5, "linestyle": "none", "elinewidth": 1.3, "capsize": 2, **style}
+    panel.errorbar(value, index + (i - (num - 1) / 2) * 0.7 / max(num, 2), xerr=[[end] for end in ends], **style)

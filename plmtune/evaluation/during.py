@@ -12,7 +12,6 @@ from plmtune.config.schema import EvaluationConfig
 from plmtune.errors import UserError
 from plmtune.evaluation import evaluate, result_table, results
 from plmtune.evaluation.code_eval import CodeRunner, missing, running_code
-from plmtune.evaluation.language_model import LanguageModel
 from plmtune.evaluation.local_data import LocalData
 from plmtune.evaluation.result_cache import ResultCache
 from plmtune.evaluation.tasks import Tasks
@@ -82,22 +81,24 @@ class Evaluations:
         Returns:
             Whether all tasks are measured; False if a signal asks the run to stop.
         """
-        with monitor.paused():
-            # Results of bf16 weights differ from those of fp32 weights computed in bf16.
-            digest = f"{model_digest(model)} {runtime.compute_dtype}"
-            file = results.step_file(directory, step)
-            measured = distributed.broadcast_from_rank0(lambda: self._known(file, digest)) or self._measure(
-                model, runtime, directory, step, monitor, digest
-            )
+        file = results.step_file(directory, step)
+        try:
+            with monitor.paused():
+                # Results of bf16 weights differ from those of fp32 weights computed in bf16.
+                digest = f"{model_digest(model)} {runtime.compute_dtype}"
+                about = evaluate.describe_model(directory.name, directory, model, digest, directory, step)
+                known = distributed.broadcast_from_rank0(lambda: self._known(file, digest))
+                measured = known or self._measure(model, runtime, file, monitor, about)
+        except _Stopped:
+            return False
         if measured:
             monitor.log(step, measured)
-        return measured is not None
+        return True
 
     def _measure(
-        self, model: Decoder, runtime: Runtime, directory: Path, step: int, monitor: RunMonitor, digest: str
-    ) -> dict[str, float] | None:
-        """Return the values to log, the same on every rank; None when asked to stop."""
-        file = results.step_file(directory, step)
+        self, model: Decoder, runtime: Runtime, file: Path, monitor: RunMonitor, about: dict[str, Any]
+    ) -> dict[str, float]:
+        """Return the values to log, the same on every rank."""
         pending = file.parent / "pending" / f"rank{runtime.rank}.sqlite"
 
         def progress(kind: str, done: int, total: int) -> None:
@@ -109,25 +110,12 @@ class Evaluations:
         # lm-eval seeds the generators that training uses.
         with preserve_random_state(runtime.device), runtime.autocast(), eval_mode(model):
             torch.use_deterministic_algorithms(False)  # sampling has no deterministic kernel on a GPU
-            try:
-                with ResultCache(pending) as cache:
-                    lm = LanguageModel(
-                        model,
-                        self.tokenizer,
-                        batch_size=self.settings.batch_size,
-                        template=self.template,
-                        cache=cache,
-                        digest=digest,
-                        progress=progress,
-                        max_new_tokens=self.settings.max_new_tokens,
-                        log=monitor.message,
-                    )
-                    about = evaluate.describe_model(directory.name, directory, model, digest, directory, step)
-                    result = evaluate.evaluate(
-                        lm, self.tasks, self.loaded, self.settings, about=about, failed={}, file=file
-                    )
-            except _Stopped:
-                return None
+            with ResultCache(pending) as cache:
+                lm = self.settings.open(model, self.tokenizer, self.template, cache, about["digest"])
+                lm.progress, lm.log = progress, monitor.message
+                result = evaluate.evaluate(
+                    lm, self.tasks, self.loaded, self.settings, about=about, failed={}, file=file
+                )
         for old in pending.parent.glob(f"{pending.name}*"):
             old.unlink()
         with contextlib.suppress(OSError):  # other ranks are not done
@@ -138,17 +126,13 @@ class Evaluations:
     def catch_up(
         self, model: Decoder, runtime: Runtime, directory: Path, step: int, num_steps: int, monitor: RunMonitor
     ) -> bool:
-        """Measure the tasks that were due after `step` if a stopped run has no complete result of them; see `measure`.
-
-        Raises:
-            UserError: if their metrics cannot be written, as there may be no further step that raises it.
-        """
+        """Measure the tasks due after `step` if a stopped run has no complete result of them; see `measure`."""
         file = results.step_file(directory, step)
         if not self.due(step, num_steps) or distributed.broadcast_from_rank0(lambda: bool(self._known(file))):
             return True
         measured = self.measure(model, runtime, directory, step, monitor)
         if measured and monitor.should_stop():
-            monitor.raise_failure()
+            monitor.raise_failure()  # there may be no further step that does
         return measured
 
     def _known(self, file: Path, digest: str | None = None) -> dict[str, float]:

@@ -35,6 +35,8 @@ from plmtune.training.state import seed_everything
 
 if TYPE_CHECKING:
     from plmtune.modules.decoder import Decoder
+    from plmtune.tokenizers.chat_template import ChatTemplate
+    from plmtune.tokenizers.tokenizer import Tokenizer
 
 # Samples of the bootstrap for metrics without a formula for the standard error; lm-eval's 100,000 take minutes.
 _BOOTSTRAP = 1000
@@ -70,6 +72,12 @@ class Settings:
         if self.max_new_tokens is None:  # as in results of earlier versions, which can be resumed
             del values["max_new_tokens"]
         return values
+
+    def open(
+        self, model: Decoder, tokenizer: Tokenizer, template: ChatTemplate | None, cache: ResultCache, digest: str
+    ) -> LanguageModel:
+        own: dict[str, Any] = {"batch_size": self.batch_size, "max_new_tokens": self.max_new_tokens}
+        return LanguageModel(model, tokenizer, template=template, cache=cache, digest=digest, **own)
 
 
 def load_tasks(
@@ -138,17 +146,8 @@ def evaluate_checkpoint(
     file = out / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}.json"
     out.mkdir(parents=True, exist_ok=True)
     with ResultCache(out / "cache" / f"{about['digest'][:16]}.sqlite") as cache:
-        lm = LanguageModel(
-            model,
-            tokenizer,
-            batch_size=settings.batch_size,
-            template=template,
-            cache=cache,
-            digest=about["digest"],
-            progress=progress,
-            max_new_tokens=most,
-            log=log,
-        )
+        lm = settings.open(model, tokenizer, template, cache, about["digest"])
+        lm.progress, lm.log = progress, log
         return evaluate(lm, tasks, loaded, settings, about=about, failed=failed, file=file), file
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -239,7 +239,11 @@ class LanguageModel(TemplateLM):
                 prompts.append(Prompt(tokens, **(options | {"until": tuple(options["until"])}), seed=seed))
                 keys.append(key(held.hex(), seed) if drawn else held)
         self._encoded = {}
-        return self._answer("generate_until", requests, keys, prompts, self._write)
+
+        def write(*given: Any) -> Iterator[list[tuple[int, str]]]:
+            return ([(number, written.text)] for number, written in self._writer.write(*given))
+
+        return self._answer("generate_until", requests, keys, prompts, write)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
@@ -271,9 +275,6 @@ class LanguageModel(TemplateLM):
             self._scorer.token_budget = self.batch_size * min(longest, self.max_length)
         found = self._answer(kind, requests, keys, items, self._scorer.score)
         return [(log_prob, greedy) for log_prob, greedy in found]
-
-    def _write(self, prompts: Sequence[Prompt], known: Collection[int]) -> Iterator[list[tuple[int, str]]]:
-        return ([(number, written.text)] for number, written in self._writer.write(prompts, known))
 
     def _answer(
         self,
@@ -310,19 +311,6 @@ class LanguageModel(TemplateLM):
             ) from error
         return [found[held] for held in keys]
 
-    def _length(self, asked: int, task: str) -> int:
-        """Return the longest answer for a task that asks for `asked` tokens."""
-        most = self.max_new_tokens or self.max_length // 2
-        if asked <= most:
-            return asked
-        if self.max_new_tokens is None and (task, asked) not in self._shortened:
-            self._shortened.add((task, asked))
-            self.log(
-                f"{task}: its answers may have {asked:,} tokens, and the model's context has {self.max_length:,}. They "
-                f"are cut at {most:,}; the other {self.max_length - most:,} are for the question (--max-new-tokens)"
-            )
-        return most
-
     def _options(self, settings: Mapping[str, Any], place: str, task: str) -> dict[str, Any]:
         """Return the arguments of `Prompt` except its tokens and seed, as JSON values."""
         try:
@@ -349,14 +337,21 @@ class LanguageModel(TemplateLM):
                 "temperature, top_k, top_p, min_p, repetition_penalty, until and max_gen_toks are. Leave it out in a "
                 "copy of the task."
             )
-        length = self._length(length, task)
+        most = self.max_new_tokens or self.max_length // 2
+        if length > most and self.max_new_tokens is None and (task, length) not in self._shortened:
+            self._shortened.add((task, length))
+            self.log(
+                f"{task}: its answers may have {length:,} tokens, and the model's context has {self.max_length:,}. "
+                f"They are cut at {most:,}; the other {self.max_length - most:,} are for the question "
+                "(--max-new-tokens)"
+            )
         if not drawn:
             temperature, top_k, top_p, min_p = 0.0, None, None, None
         # Settings without effect are left out, so that cached answers of earlier versions are found.
         return {
             **({"min_p": min_p} if min_p else {}),
             **({"repetition_penalty": penalty} if penalty != 1 else {}),
-            "max_new_tokens": length,
+            "max_new_tokens": min(length, most),
             "until": [text for text in until if text],
             "temperature": temperature,
             "top_k": top_k,

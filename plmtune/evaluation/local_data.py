@@ -118,11 +118,7 @@ class LocalData:
         return [split.files[0] for name, split in entry.splits.items() if name not in entry.places]
 
     def dataset(self, task: str, splits: Collection[str]) -> dict[str, Dataset] | None:
-        """Read those splits of a task that the map has; None if it does not have the task.
-
-        Raises:
-            UserError: for a file that is not there, or a row that cannot be used, with its place.
-        """
+        """Read those splits of a task that the map has; None if it does not have the task."""
         entry = self._find(task)
         if not entry.splits:
             return None

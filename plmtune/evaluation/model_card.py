@@ -61,9 +61,6 @@ def write_card(
         results: of its evaluations; without any, the run's own result of this checkpoint.
         path: None: README.md in `checkpoint`.
         sources: the files of `results`, for messages.
-
-    Raises:
-        UserError: if there is no checkpoint, a result is of another one, or a file is there already.
     """
     directory = checkpoint_files.checkpoint_directory(checkpoint)
     if path is None and model_of(directory.resolve()):

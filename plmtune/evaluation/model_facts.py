@@ -61,11 +61,7 @@ def run_of(directory: Path) -> tuple[Path, int] | None:
 
 
 def read_run(directory: Path) -> Run | None:
-    """Return the run of a checkpoint, if any.
-
-    Raises:
-        UserError: if its config was changed or damaged.
-    """
+    """Return the run of a checkpoint, if any; UserError if its config was changed or damaged."""
     place = run_of(directory)
     if place is None:
         return None
@@ -88,12 +84,7 @@ def read_run(directory: Path) -> Run | None:
 
 
 def is_of(model: Mapping[str, Any], directory: Path, run: Run | None) -> bool:
-    """Whether a result is of a checkpoint: of the same run and step, or folder, or else of equal weights.
-
-    Args:
-        model: the section `model` of the result.
-        run: of `directory`, if any.
-    """
+    """Whether a result (its section `model`) is of a checkpoint: of its run and step, or folder, or equal weights."""
     if run is not None or model.get("run"):
         place = (Path(model["run"]).resolve(), model.get("step")) if model.get("run") else None
         here = place is not None and run is not None and place == (run.path.resolve(), run.step)
@@ -111,11 +102,7 @@ def is_of(model: Mapping[str, Any], directory: Path, run: Run | None) -> bool:
 
 
 def read_weights(directory: Path) -> Weights:
-    """Read the headers of the weight files.
-
-    Raises:
-        UserError: if there are none, or they are damaged.
-    """
+    """Read the headers of the weight files."""
     held = adapters.holds_adapters(directory)
     locations = checkpoint_files.locate(directory, adapters.ADAPTERS if held else "model")
     parameters, dtypes = 0, set()

@@ -74,10 +74,6 @@ def perplexity(
         stride: tokens that a window scores; None: window, each token is read once.
         scorer: of this model; None: a new one.
         progress: called with the sums so far after each batch.
-
-    Raises:
-        ValueError: for an impossible window or stride, a vocabulary larger than the model's, or an output of the model
-            that is not a number.
     """
     window = model.max_seq_len if window is None else window
     stride = window if stride is None else stride

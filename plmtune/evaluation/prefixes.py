@@ -13,6 +13,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from plmtune.inference.request_queue import count_shared
+
 Ids = NDArray[np.int64]
 
 # Tokens of a row that not all its items share: attention scores between branches are wasted.
@@ -58,7 +60,8 @@ def plan(texts: Sequence[Text], *, token_budget: int, token_cost: int, forward_c
         forward_cost: fixed time of a forward, in tokens.
     """
     rows = _rows(texts, token_cost)
-    roots = [_root(row) for row in rows]
+    # The common prefix from which no item needs a prediction; in lexical order the first and the last share least.
+    roots = [min(count_shared(row[0].tokens, row[-1].tokens), *(text.fixed for text in row)) for row in rows]
     links = [0] + [
         min(count_shared(above[-1].tokens, below[0].tokens), *sizes)
         for (above, below), sizes in zip(pairwise(rows), pairwise(roots), strict=True)
@@ -102,19 +105,6 @@ def _rows(texts: Sequence[Text], token_cost: int) -> list[list[Text]]:
         rows.append([text])
         size = root = length
     return rows
-
-
-def count_shared(a: Ids, b: Ids) -> int:
-    """Return the length of the common prefix."""
-    length = min(a.size, b.size)
-    differ = a[:length] != b[:length]
-    return int(differ.argmax()) if differ.any() else length
-
-
-def _root(row: Sequence[Text]) -> int:
-    """Return the length of the common prefix of a row from which no item needs a prediction."""
-    # In lexical order the first and the last share least.
-    return min(count_shared(row[0].tokens, row[-1].tokens), *(text.fixed for text in row))
 
 
 def size_of(row: Sequence[Text], prefix: int) -> int:

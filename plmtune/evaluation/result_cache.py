@@ -51,10 +51,6 @@ class ResultCache(AbstractContextManager["ResultCache"]):
         self._access(lambda connection: None)
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file; a second call does nothing."""
         if self._connection is not None:
             self._connection.close()
 
@@ -95,7 +91,7 @@ class ResultCache(AbstractContextManager["ResultCache"]):
                 # The low byte is the kind; the others say where it was noticed.
                 if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _DAMAGED:
                     raise
-                self.close()
+                self.__exit__()
                 self._move_aside()
                 self._connection = self._open()
                 return act(self._connection)

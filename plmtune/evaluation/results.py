@@ -46,11 +46,7 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def collect(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, list[dict[str, Any]]]]:
-    """Return (tasks, groups, samples) of lm-eval's output for a result file.
-
-    Args:
-        raw: with its samples (log_samples=True).
-    """
+    """Return (tasks, groups, samples) of lm-eval's output, with log_samples=True, for a result file."""
 
     def entry(name: str, found: Mapping[str, Any], **counts: Any) -> dict[str, Any]:
         return {
@@ -63,7 +59,9 @@ def collect(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dic
     samples = {task: _samples(rows) for task, rows in (raw.get("samples") or {}).items()}
     tasks, groups = {}, {}
     for name in raw["configs"]:
-        number, prompts = raw["n-samples"][name], _prompts_hash(samples.get(name, []))
+        number, rows = raw["n-samples"][name], samples.get(name)
+        text = "".join(f"{row['doc_hash']} {row['prompt_hash']}\n" for row in rows or ())
+        prompts = hashlib.sha256(text.encode()).hexdigest() if rows else None  # for comparing evaluations
         counts = {"samples": number["effective"], "documents": number["original"], "prompt_hash": prompts}
         tasks[name] = entry(name, raw["results"][name], **counts)
     for name, found in (raw.get("groups") or {}).items():
@@ -95,12 +93,6 @@ def _samples(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for metric in row["metrics"]:
             entry["metrics"][f"{metric},{row['filter']}"] = _number(row[metric])
     return [found[index] for index in sorted(found)]
-
-
-def _prompts_hash(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return one hash of all prompts of a task, for comparing evaluations."""
-    text = "".join(f"{row['doc_hash']} {row['prompt_hash']}\n" for row in rows)
-    return hashlib.sha256(text.encode()).hexdigest() if rows else None
 
 
 def _metrics(found: Mapping[str, Any], better: Mapping[str, bool | None]) -> dict[str, Any]:
@@ -163,11 +155,7 @@ def step_file(run: Path, step: int) -> Path:
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Read a result that `save` wrote.
-
-    Raises:
-        UserError: if it is missing, damaged, of another kind or of a newer version.
-    """
+    """Read a result that `save` wrote; UserError if it is missing, damaged, of another kind or of a newer version."""
     path = Path(path)
     refuse_pipe(path)
     try:
@@ -199,11 +187,7 @@ def load(path: str | Path) -> dict[str, Any]:
 def load_all(paths: Sequence[str | Path], log: Callable[[str], None]) -> dict[Path, dict[str, Any]]:
     """Read results; for a folder its .json files by name, and of repeated evaluations only the newest.
 
-    Args:
-        log: called with a message for each file that is left out.
-
-    Raises:
-        UserError: if one is no result or given twice, or a folder has none.
+    `log` gets a message for each file that is left out.
     """
     given: set[Path] = set()
     for path in map(Path, paths):

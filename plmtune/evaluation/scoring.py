@@ -69,9 +69,6 @@ class Scorer:
 
     Args:
         token_budget: most tokens in a forward, halved when memory runs out; None: by the device.
-
-    Raises:
-        ValueError: for a budget below 1.
     """
 
     def __init__(self, model: Decoder, *, token_budget: int | None = None) -> None:
@@ -86,11 +83,6 @@ class Scorer:
 
         Args:
             known: numbers of items that need no score; they do not change the batches of the others.
-
-        Raises:
-            NotFinite: while it runs.
-            UserError: if a row alone is too much for the memory.
-            ValueError: for an empty or too long item, or an unknown id.
         """
         texts = self._texts(items)
         gpu = self.device.type != "cpu"

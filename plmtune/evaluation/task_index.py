@@ -7,6 +7,7 @@ once, in about two seconds, and the result is cached in the user's cache folder.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -23,7 +24,7 @@ import yaml
 
 from plmtune.errors import UserError
 from plmtune.io import terminal
-from plmtune.io.atomic import atomic_write
+from plmtune.io.atomic import atomic_write, user_cache
 from plmtune.io.untrusted import load_yaml
 
 Kind = Literal["task", "class", "group", "tag"]
@@ -69,19 +70,15 @@ def lm_eval_index() -> dict[str, Known]:
     """Return all names of lm-eval's own tasks, from the cache if it is valid and of this version."""
     folder = lm_eval_folder()
     kept = _cache_file(folder)
-    try:
+    with contextlib.suppress(OSError, ValueError):  # missing or damaged
         return _unpack(kept.read_bytes())
-    except (OSError, ValueError):  # missing or damaged
-        pass
     if os.environ.get("RANK", "0") == "0":
         terminal.echo("Reading the names of lm-eval's tasks; the next time they are known", err=True)
     known = read_folder(folder, strict=False)
-    try:
+    with contextlib.suppress(OSError):  # no home, or not writable: it takes seconds each time
         kept.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(kept) as temporary:
             temporary.write_bytes(_pack(known))
-    except OSError:  # no home, or not writable: it takes seconds each time
-        pass
     return known
 
 
@@ -91,9 +88,6 @@ def read_folder(folder: Path, *, strict: bool) -> dict[str, Known]:
     Args:
         folder: searched recursively.
         strict: a file that cannot be read is an error; else it is skipped, as in lm-eval.
-
-    Raises:
-        UserError: if the folder does not exist, or `strict` and a file is wrong.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; --include takes one with the YAML files of your tasks")
@@ -217,10 +211,8 @@ def _in_words(error: Exception) -> str:
 
 
 def _cache_file(folder: Path) -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     place = xxhash.xxh3_64_hexdigest(str(folder).encode())
-    name = f"lm_eval-{importlib.metadata.version('lm_eval')}-{_FORMAT}-{place}.json"
-    return Path(base).expanduser() / "plmtune" / name
+    return user_cache() / f"lm_eval-{importlib.metadata.version('lm_eval')}-{_FORMAT}-{place}.json"
 
 
 def _pack(known: dict[str, Known]) -> bytes:

@@ -66,16 +66,9 @@ class Tasks:
         self._known = lm_eval_index() | (read_folder(include, strict=True) if include is not None else {})
 
     def resolve(self, names: Sequence[str]) -> list[str]:
-        """Find tasks, groups and tags.
+        """Find tasks, groups and tags by exact names, or patterns with ``*``, ``?`` and ``[...]``.
 
-        Args:
-            names: exact, or patterns with ``*``, ``?`` and ``[...]``.
-
-        Returns:
-            Each name once, in their order, without those that are in one of the groups or tags.
-
-        Raises:
-            UserError: for a name that matches nothing, with similar names.
+        Each is returned once, in their order, without those that are in one of the groups or tags.
         """
         found: dict[str, None] = {}
         for name in names:
@@ -115,10 +108,6 @@ class Tasks:
         Args:
             name: from `resolve`.
             num_fewshot: examples in the prompts; None: the task's own number.
-
-        Raises:
-            UserError: if its data are not available (with how to get them), it is wrong, it needs code and there is no
-                runner, or it has too few examples.
         """
         for inner in self._inside(name):
             known = self._known[inner]

@@ -96,10 +96,6 @@ class Writer:
         Args:
             prompts: with any settings; those with equal sampling are generated together.
             known: indices to leave out.
-
-        Raises:
-            ValueError: for a prompt that cannot be continued.
-            NotFinite: where the model gives NaN.
         """
         known = frozenset(known)
         requests = {i: self._request(i, prompt) for i, prompt in enumerate(prompts) if i not in known}

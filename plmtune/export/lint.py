@@ -190,9 +190,6 @@ def _gguf(config: Mapping[str, Any], kinds: Sequence[str]) -> Iterator[Finding]:
     key, value = _head_dims(config)
     context = config["max_seq_len"]
     token = config["num_layers"] * kv_heads(config) * (key + value) * 2  # F16
-    if architecture == "deepseek2":  # the latent alone, of one head
-        key = config["attention"]["kv_lora_rank"] + config["attention"]["qk_rope_head_dim"]
-        value, token = config["attention"]["kv_lora_rank"], config["num_layers"] * key * 2
     size = f"{show_bytes(token)} a token, {show_bytes(token * context)} at {context:,} tokens"
     if architecture == "plm":
         latent = (

@@ -128,24 +128,21 @@ class BatchedGenerator:
 
     def submit(self, request: Request) -> None:
         """Add a request to the queue, also while `run` is in progress."""
-        length, limit = len(request.tokens), self.model.max_seq_len
+        length, limit, rows = len(request.tokens), self.model.max_seq_len, self.model.vocab_size
         low, high = min(request.tokens, default=0), max(request.tokens, default=0)
-        why = None
-        if length == 0:
-            why = "the prompt is empty: at least one token is needed to start from"
-        elif length >= limit:
-            why = f"the prompt has {length} tokens, the model's max_seq_len is {limit}: no room is left for an answer"
-        elif request.max_new_tokens < 1:
-            why = f"max_new_tokens must be at least 1, not {request.max_new_tokens}"
-        elif low < 0 or high >= self.model.vocab_size:
-            wrong, rows = low if low < 0 else high, self.model.vocab_size
-            why = f"the prompt has id {wrong}, the model's vocabulary has {rows}"
-        elif b"" in request.until:
-            why = "one of until is empty, so it would end before it begins"
-        elif request.until and self.decode_bytes is None:
-            why = "until needs an engine with decode_bytes"
-        if why is not None:
-            raise ValueError(f"request {request.key}: {why}")
+        rules = {  # the first that is broken counts
+            "the prompt is empty: at least one token is needed to start from": length > 0,
+            f"the prompt has {length} tokens, the model's max_seq_len is {limit}: no room is left for an answer": (
+                length < limit
+            ),
+            f"max_new_tokens must be at least 1, not {request.max_new_tokens}": request.max_new_tokens > 0,
+            f"the prompt has id {low if low < 0 else high}, the model's vocabulary has {rows}": 0 <= low <= high < rows,
+            "one of until is empty, so it would end before it begins": b"" not in request.until,
+            "until needs an engine with decode_bytes": not request.until or self.decode_bytes is not None,
+        }
+        for why, kept in rules.items():
+            if not kept:
+                raise ValueError(f"request {request.key}: {why}")
         self._queue.add(request)
 
     def run(self) -> Iterator[Answer]:
@@ -175,9 +172,8 @@ class BatchedGenerator:
         requests = [waiting.request for waiting in group]
         rooms = [min(request.max_new_tokens, self.model.max_seq_len - len(request.tokens)) for request in requests]
         slots = self._allocate(max(len(request.tokens) + room for request, room in zip(requests, rooms, strict=True)))
-        device = self.model.device
+        device, start = self.model.device, self._start
         where = torch.tensor(free[: len(group)], device=device)
-        start = self._start
         if self._shared_prefixes:
             slots.put(self._shared_prefixes[-1].cache, where)
         rests = [waiting.length - start for waiting in group]
@@ -301,16 +297,16 @@ class BatchedGenerator:
     def _allocate(self, tokens: int) -> Slots:
         """Return slots for at least so many tokens, with their contents kept."""
         old = self._slots
-        if old is None or old.max_seq_len < tokens:
-            if old is not None:
-                # Chains grow turn by turn; growing by half keeps the copies few.
-                tokens = min(max(tokens, old.max_seq_len * 3 // 2), self.model.max_seq_len)
-            new = Slots(self.model.new_cache(self.batch_size, tokens).layers)
-            if old is not None:
-                new.take(old)
-            self._slots = new
-            return new
-        return old
+        if old is not None and old.max_seq_len >= tokens:
+            return old
+        if old is not None:
+            # Chains grow turn by turn; growing by half keeps the copies few.
+            tokens = min(max(tokens, old.max_seq_len * 3 // 2), self.model.max_seq_len)
+        new = Slots(self.model.new_cache(self.batch_size, tokens).layers)
+        if old is not None:
+            new.take(old)
+        self._slots = new
+        return new
 
     def _draw(self, states: Tensor, draws: list[tuple[Request, list[int]]]) -> list[int]:
         """Sample a token for each row of states, [b, d].

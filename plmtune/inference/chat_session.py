@@ -29,13 +29,10 @@ class ChatSession:
     """
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer, template: ChatTemplate) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.template = template
+        self.model, self.tokenizer, self.template = model, tokenizer, template
         self.system: str | None = None
         self.messages: list[Message] = []
-        self.forgotten = 0
-        self.cut = False
+        self.forgotten, self.cut = 0, False
         self._prefix_cache = PrefixCache(model)
 
     @property
@@ -43,11 +40,7 @@ class ChatSession:
         return len(self._prefix_cache.ids)
 
     def instruct(self, system: str | None) -> None:
-        """Set the system message.
-
-        Raises:
-            BadRow: if the chat template refuses it, or it contains the text of a special token; then nothing changes.
-        """
+        """Set the system message; BadRow, and no change, if the chat template refuses it."""
         if system is not None:
             self.template.encode_prompt([Message("system", system), Message("user", "a")])
         self.system = system
@@ -101,16 +94,19 @@ class ChatSession:
                 self.messages += [Message("user", text), Message("assistant", answer)]
 
     @property
+    def _instructions(self) -> list[Message]:
+        return [] if self.system is None else [Message("system", self.system)]
+
+    @property
     def transcript(self) -> list[Message]:
         """The system message and all messages."""
-        return [*([Message("system", self.system)] if self.system is not None else []), *self.messages]
+        return self._instructions + self.messages
 
     def restore(self, messages: Sequence[Message]) -> None:
         """Replace the messages by a transcript.
 
-        Raises:
-            BadRow: if user and assistant do not alternate after an optional system message; if the chat template
-                refuses it; or if it contains the text of a special token. Then nothing changes.
+        Nothing changes where it raises BadRow: user and assistant alternate after an optional system message, and the
+        chat template takes them.
         """
         systems = 1 if messages and messages[0].role == "system" else 0
         roles = [message.role for message in messages[systems:]]
@@ -136,7 +132,7 @@ class ChatSession:
     def _prompt(self, text: str, max_new_tokens: int) -> list[int]:
         """Return the ids of the conversation, without its oldest messages if there is no room for them."""
         limit = self.model.max_seq_len
-        first = [Message("system", self.system)] if self.system is not None else []
+        first = self._instructions
         most, forgotten = limit - min(max_new_tokens, limit // 4), self.forgotten
         while True:
             kept = self.messages[forgotten:]

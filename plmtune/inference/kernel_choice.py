@@ -13,9 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +21,7 @@ from torch import nn
 from plmtune import native
 from plmtune.inference.quantized_kernels import KERNELS, example, matches_reference, use_kernel
 from plmtune.io import provenance
-from plmtune.io.atomic import write_atomically
+from plmtune.io.atomic import user_cache, write_atomically
 from plmtune.io.untrusted import load_json
 from plmtune.modules.mla import MultiHeadLatentAttention
 from plmtune.modules.quantized import Format, Quantized
@@ -61,7 +59,9 @@ def choose(format: Format, dtype: torch.dtype, device: torch.device, shape: tupl
     kept = _measured()
     if key not in kept or any(name not in candidates for name in kept[key]):
         kept[key] = _measure(candidates, format, dtype, shape)
-        _keep(kept)
+        with contextlib.suppress(OSError):  # an unwritable folder: measured again next time
+            _file().parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(_file(), json.dumps({"version": _VERSION, "kernels": kept}, indent=2) + "\n")
     return tuple(kept[key])
 
 
@@ -72,8 +72,7 @@ def _machine() -> str:
 
 
 def _file() -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return base / "plmtune" / "kernels.json"
+    return user_cache() / "kernels.json"
 
 
 @torch.no_grad()
@@ -102,19 +101,12 @@ def _measure(names: list[str], format: Format, dtype: torch.dtype, shape: tuple[
 
 def _measured() -> dict[str, list[str]]:
     """Earlier measurements; empty where the file is missing, damaged or of another version."""
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         data = load_json(_file().read_text(encoding="utf-8"))
-        kept = data["kernels"] if data["version"] == _VERSION else {}
-        assert all(len(names) == len(_MEASURED_ROWS) and set(names) <= set(KERNELS) for names in kept.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
-        return {}
-    return dict(kept)
-
-
-def _keep(kept: Mapping[str, Any]) -> None:
-    with contextlib.suppress(OSError):  # an unwritable folder: measured again next time
-        _file().parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(_file(), json.dumps({"version": _VERSION, "kernels": kept}, indent=2) + "\n")
+        kept = dict(data["kernels"]) if data["version"] == _VERSION else {}
+        if all(len(names) == len(_MEASURED_ROWS) and set(names) <= set(KERNELS) for names in kept.values()):
+            return kept
+    return {}
 
 
 @torch.no_grad()

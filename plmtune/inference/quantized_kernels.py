@@ -128,11 +128,6 @@ def _parts(module: Quantized, x: Tensor, dtype: torch.dtype | None = None) -> Te
     return out
 
 
-def _wide(module: Quantized, x: Tensor) -> Tensor:
-    """The same in fp32, for processors without bf16 units."""
-    return _parts(module, x, torch.float32)
-
-
 # Where nothing is measured, the first that supports a layer multiplies few rows by it, and `parts` many.
 KERNELS: dict[str, Kernel] = {
     "int4_tiles": Kernel(
@@ -150,7 +145,10 @@ KERNELS: dict[str, Kernel] = {
     ),
     "native": Kernel(native.multiply, native.supports),
     "parts": Kernel(_parts, lambda format, dtype, width: True, tiled=None),
-    "wide": Kernel(_wide, lambda format, dtype, width: dtype != torch.float32, tiled=None),
+    # In fp32, for processors without bf16 units.
+    "wide": Kernel(
+        functools.partial(_parts, dtype=torch.float32), lambda format, dtype, width: dtype != torch.float32, tiled=None
+    ),
     "reference": Kernel(reference, lambda format, dtype, width: True, tiled=None),
 }
 

@@ -6,8 +6,10 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 # A shared prefix is read once where it has so many tokens, and spares reading so many: it takes a forward of its own,
 # which costs as much as some dozens of tokens. Equal prompts share all of it, however short.
@@ -91,11 +93,11 @@ class RequestQueue:
             start: tokens that are in the cache already.
         """
         at = bisect_left(self.waiting, first.place, key=_PLACE)
-        shared = []
+        ids, shared = np.frombuffer(first.ids, "u4"), []
         for others in (range(at - 1, -1, -1), range(at + 1, len(self.waiting))):
             for index in others:
                 other = self.waiting[index]
-                common = _common_tokens(first.ids, other.ids)
+                common = count_shared(ids, np.frombuffer(other.ids, "u4"))
                 if common - start < _MIN_SHARED and other.ids != first.ids:
                     break
                 # At least one token must remain to be read.
@@ -107,8 +109,8 @@ class RequestQueue:
         return length if saved >= _MIN_SAVED or (saved > 0 and length == first.length - 1) else 0
 
 
-def _common_tokens(first: bytes, second: bytes) -> int:
-    """The number of tokens that two prompts have in common at their beginning."""
-    length = min(len(first), len(second)) // 4
-    differ = np.frombuffer(first, "u4", length) != np.frombuffer(second, "u4", length)
+def count_shared(a: NDArray[Any], b: NDArray[Any]) -> int:
+    """The length of the common prefix."""
+    length = min(a.size, b.size)
+    differ = a[:length] != b[:length]
     return int(differ.argmax()) if differ.any() else length

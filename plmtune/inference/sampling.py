@@ -83,11 +83,11 @@ def penalize(logits: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> T
 
 def top_k_top_p(logits: Tensor, top_k: int | None, top_p: float | None, min_p: float | None = None) -> Tensor:
     """Return logits, [b, v], with -inf for tokens that top_k, top_p or min_p exclude."""
+    logits = _top(logits, top_k, top_p)
     if min_p:
-        logits = _top(logits, top_k, top_p)
         # A share of the highest probability is a difference of logits, so no softmax is needed.
-        return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), float("-inf"))
-    return _top(logits, top_k, top_p)
+        logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), float("-inf"))
+    return logits
 
 
 def _top(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
@@ -208,10 +208,6 @@ def generate(
         before: ids in the cache, for the repetition penalty, and for LongRoPE, which reads a text again as it grows
             beyond the original length.
         drawing: arguments of `sample`.
-
-    Raises:
-        ValueError: for an empty prompt, more tokens than max_seq_len, or settings out of their range.
-        FloatingPointError: if the model's output is not a number.
     """
     b, s = tokens.shape
     if s == 0:
@@ -247,9 +243,8 @@ def generate(
         column = sample(scores, generator=generator, **drawing)
         yield column
         tokens = column[:, None]
-        if repetition_penalty != 1:
-            for row, token in zip(seen, column.tolist(), strict=True):
-                row.append(token)
+        for row, token in zip(seen, column.tolist() if seen else (), strict=True):
+            row.append(token)
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
@@ -280,10 +275,6 @@ def complete(
         until: the text ends before the first of these, at any position inside a token.
         end_ids: ids that end the text, in addition to the tokenizer's own.
         prefix_cache: cache of an earlier prompt of this model, reused where the prompts agree; afterwards of this one.
-
-    Raises:
-        ValueError: if the prompt leaves no room, or for settings out of their range.
-        FloatingPointError: if the model's output is not a number.
     """
     stops = encode_stops(until)
     device = model.device

@@ -31,6 +31,11 @@ def atomic_write(path: Path, *, user_error: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def user_cache() -> Path:
+    """The folder for what this program can make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "plmtune"
+
+
 def write_atomically(path: Path, text: str, *, user_error: bool = False) -> None:
     """Write a text in UTF-8, see `atomic_write`."""
     with atomic_write(path, user_error=user_error) as temporary:

@@ -15,7 +15,7 @@ import xxhash
 
 from plmtune.errors import UserError, unreadable
 from plmtune.io import checksummed_json
-from plmtune.io.atomic import atomic_write
+from plmtune.io.atomic import atomic_write, user_cache
 from plmtune.io.untrusted import load_json
 
 NAME = "manifest.json"
@@ -155,9 +155,8 @@ def _state(path: Path, entry: Mapping[str, Any]) -> list[Any]:
 
 def _verified_files(directory: Path) -> tuple[Path, Path]:
     """Where checked states are kept: in the directory, and in the user's cache."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     key = xxhash.xxh3_128_hexdigest(str(directory.resolve()).encode())
-    return directory / VERIFIED, base / "plmtune" / "verified" / f"{key}.json"
+    return directory / VERIFIED, user_cache() / "verified" / f"{key}.json"
 
 
 def read(directory: Path) -> dict[str, Any]:

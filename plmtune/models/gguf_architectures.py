@@ -324,11 +324,6 @@ def _write_deepseek2(config: Config) -> Written:
     scaling, _ = write_scaling(config)
     if scaling.get("rope.scaling.type") == "yarn":
         raise UserError("The export to GGUF does not write attention.rope_scaling=yarn of a model with mla.")
-    if attention["q_lora_rank"] and config["num_layers"] in (26, 27):
-        raise UserError(
-            f"llama.cpp takes each deepseek2 model of {config['num_layers']} layers for DeepSeek-V2-Lite, which has no "
-            f"attention.q_lora_rank; this one has {attention['q_lora_rank']}."
-        )
     return _write_sizes(config) | {
         "attention.head_count_kv": 1,
         _RMS: float(config["norm"]["eps"]),

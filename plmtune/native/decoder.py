@@ -177,19 +177,9 @@ class NativeDecoder:
         if not 0 <= token < model.vocab_size:
             return None  # the embedding raises
         out = torch.empty(1, 1, model.embed_dim, dtype=bound.dtype)
-        failed = library().plmtune_decode(
-            ctypes.byref(bound.model),
-            number(token),
-            number(cache.length),
-            (pointer * len(buffers))(*[buffer.data_ptr() for buffer in buffers]),
-            number(KINDS[first.dtype]),
-            number(cache.max_seq_len),
-            pointer(out.data_ptr()),
-            number(KINDS[bound.dtype]),
-            ctypes.c_int(torch.get_num_threads()),
-        )
-        if failed:
-            raise MemoryError("out of memory while decoding a token")
+        places = (pointer * len(buffers))(*[buffer.data_ptr() for buffer in buffers])
+        held = KINDS[first.dtype], cache.max_seq_len
+        _call("decode", ctypes.byref(bound.model), token, cache.length, places, *held, out, KINDS[bound.dtype])
         cache.advance(1)
         return out
 
@@ -203,13 +193,18 @@ class NativeDecoder:
         return product(bound.model.head, hidden.contiguous()).view(*hidden.shape[:-1], -1)
 
 
+def _call(name: str, *arguments: Any) -> None:
+    """Call a function of the library with numbers, structures and tensors, and with as many threads as torch uses."""
+    given = [number(each) if isinstance(each, int) else each for each in arguments]
+    given = [pointer(each.data_ptr()) if isinstance(each, Tensor) else each for each in given]
+    if getattr(library(), f"plmtune_{name}")(*given, ctypes.c_int(torch.get_num_threads())):
+        raise MemoryError(f"out of memory in decode.c ({name})")
+
+
 def product(matrix: Matrix, x: Tensor) -> Tensor:
     """matrix x in fp32, [out], of x (Tensor), contiguous, as many numbers as the matrix has columns."""
     y = torch.empty(matrix.rows)
-    vector = Vector(x.data_ptr(), KINDS[x.dtype])
-    threads = ctypes.c_int(torch.get_num_threads())
-    if library().plmtune_product(ctypes.byref(matrix), vector, pointer(y.data_ptr()), threads):
-        raise MemoryError("out of memory in a product")
+    _call("product", ctypes.byref(matrix), Vector(x.data_ptr(), KINDS[x.dtype]), y)
     return y
 
 
@@ -225,21 +220,12 @@ def dequantize(module: Quantized, rows: slice, dtype: torch.dtype) -> Tensor:
     """Return what `Quantized.dequantize` returns, in fp32 or bf16, from integers in the files' order."""
     start, end, _ = rows.indices(module.num_rows)
     out = torch.empty(end - start, module.width, dtype=dtype)
-    library().plmtune_rows(
-        ctypes.byref(TensorRefs().matrix(module)),
-        number(start),
-        number(end),
-        pointer(out.data_ptr()),
-        number(KINDS[dtype]),
-        ctypes.c_int(torch.get_num_threads()),
-    )
+    _call("rows", ctypes.byref(TensorRefs().matrix(module)), start, end, out, KINDS[dtype])
     return out
 
 
 def round_inputs(x: Tensor) -> Tensor:
     """Return what `quantized.round_inputs` returns for x (Tensor), [n, in], contiguous."""
-    out, threads = torch.empty_like(x), ctypes.c_int(torch.get_num_threads())
-    vector, (rows, width) = Vector(x.data_ptr(), KINDS[x.dtype]), x.shape
-    if library().plmtune_round(vector, number(rows), number(width), pointer(out.data_ptr()), threads):
-        raise MemoryError("out of memory in a product")
+    out = torch.empty_like(x)
+    _call("round", Vector(x.data_ptr(), KINDS[x.dtype]), *x.shape, out)
     return out

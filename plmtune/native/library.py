@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from plmtune.io.atomic import atomic_write
+from plmtune.io.atomic import atomic_write, user_cache
 from plmtune.native.structs import Layer, Matrix, Model, Vector
 
 SOURCE = Path(__file__).with_name("decode.c")
@@ -89,8 +89,7 @@ def _path(compiler: Sequence[str]) -> Path:
         lines = [platform.processor()]
     parts = [SOURCE.read_bytes(), version, *(part.encode() for part in (*_command(compiler), *lines))]
     name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return base / "plmtune" / f"native-{name}.so"
+    return user_cache() / f"native-{name}.so"
 
 
 def _compile(compiler: Sequence[str], path: Path) -> None:

@@ -38,10 +38,7 @@ def open_batches(
     seq_len: int,
     **settings: Any,
 ) -> tuple[PreferenceBatches, list[str]]:
-    """The batches that a loss needs of pairs, with `settings` of `PreferenceBatches`; and notes on what was left out.
-
-    seq_len: most tokens of a prompt with one answer.
-    """
+    """The batches that a loss needs of pairs, with `settings` of `PreferenceBatches`, and notes on what is left out."""
     comparisons, refused, notes = make_comparisons(
         track(pairs, "pairs encoded", shown=runtime.is_main),
         template,
@@ -100,14 +97,9 @@ class PreferenceBatches:
         holdout: float = 0.0,
         as_trained: bool = False,
     ) -> None:
-        self.comparisons = comparisons
-        self.row_len = 2 * seq_len
-        self.global_batch_size = global_batch_size
-        self.micro_batch_size = micro_batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.as_trained = as_trained
+        self.comparisons, self.row_len = comparisons, 2 * seq_len
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.seed, self.rank, self.world_size, self.as_trained = seed, rank, world_size, as_trained
         self._lengths = [comparison.num_tokens for comparison in comparisons]
         assert max(self._lengths, default=0) <= self.row_len
         members: dict[int, list[int]] = {}
@@ -183,7 +175,6 @@ class PreferenceBatches:
         return xxhash.xxh3_128_hexdigest(previous.encode() + b"\0" + self._pairs(step).astype("<i8").tobytes())
 
     def describe(self) -> str:
-        """Return two lines for a person."""
         train, held = self.num_pairs
         each = len(self.comparisons) / len(self._members)
         mean = sum(self._lengths) / len(self._members)

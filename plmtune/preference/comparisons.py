@@ -67,7 +67,6 @@ def make_comparisons(
 
     Args:
         refinement: needed for `contexts`.
-        seq_len: most tokens of a prompt and one answer.
         contexts: also make the two refinement comparisons of each pair.
         mismatched: accept pairs with one answer, and also compare each prompt with an answer of another pair.
 

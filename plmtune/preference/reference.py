@@ -161,7 +161,6 @@ class ReferenceModel:
     The reference is the model that the run began with, or with ``which="previous"`` the policy at the start of each
     round. Its weights come from the policy before the stage's first step, from the policy without its adapters, from a
     checkpoint of the run, or from `init_from`.
-
     """
 
     policy: FinetuneModel
@@ -172,10 +171,6 @@ class ReferenceModel:
     run: Path  # the run's directory, for messages
     digest: str = ""  # of this stage's reference, as the checkpoint has it; empty for a new run
     first_digest: str = ""  # of the weights that the run began with
-
-    def is_first(self, round_number: int) -> bool:
-        """Whether the reference of a round is the model that the run began with; 0 is a run without rounds."""
-        return round_number <= 1 or self.which == "first"
 
     def log_probs(
         self, data: PreferenceBatches, round_number: int, *, first_step: int, step: int, cache: str, monitor: RunMonitor
@@ -190,32 +185,14 @@ class ReferenceModel:
             step: that the policy is at.
         """
         device, untrained = self.score.runtime.device, step == first_step
+        policy, is_first = self.policy, round_number <= 1 or self.which == "first"
         zeros = torch.zeros(len(data.comparisons), 2, device=device)
         if not self.score.loss.needs_reference:
             return zeros
         # Keep the weights of a later round's reference: the cache may lose its numbers.
-        self.checkpoints.pinned = None if self.is_first(round_number) else first_step
+        self.checkpoints.pinned = None if is_first else first_step
         if step == first_step + data.num_steps:
             return zeros
-        found = self._compute(data, round_number, first_step, untrained, cache, monitor).to(device)
-        if untrained and (round_number <= 1 or self.which == "previous"):  # the policy is the reference
-            batch = data.step(0)[0]
-            with torch.no_grad(), self.policy.fake_quant_disabled():
-                difference = (self.score(batch).view(-1, 2) - found[batch.index.to(device)]).abs()
-            largest = float(difference.max()) if difference.numel() else 0.0
-            monitor.message(f"reference: log-probabilities of the first step differ by at most {largest:.2g}")
-        return found
-
-    def _compute(
-        self,
-        data: PreferenceBatches,
-        round_number: int,
-        first_step: int,
-        untrained: bool,
-        cache: str,
-        monitor: RunMonitor,
-    ) -> Tensor:
-        policy, is_first = self.policy, self.is_first(round_number)
         if untrained:
             if is_first and (round_number <= 1 or policy.adapter_config):
                 adapters = set(adapter_parameters(policy.model)) if policy.adapter_config else set()
@@ -242,15 +219,9 @@ class ReferenceModel:
                 return self.score(batch, second[0])
 
         policy.model.eval()
-        found = reference_log_probs(
-            self.digest,
-            data.all,
-            compute,
-            cache,
-            len(data.comparisons),
-            arithmetic=f"{self.score.runtime.device.type} {self.score.runtime.compute_dtype}",
-            log=monitor.message,
-        )
+        arithmetic = f"{device.type} {self.score.runtime.compute_dtype}"
+        num, log = len(data.comparisons), monitor.message
+        found = reference_log_probs(self.digest, data.all, compute, cache, num, arithmetic=arithmetic, log=log)
         policy.model.train()
         if done and not untrained:
             monitor.message(
@@ -259,6 +230,13 @@ class ReferenceModel:
             )
         how = "computed, and kept in" if done else "read from"
         monitor.message(f"reference: log-probabilities {how} {cache}")
+        found = found.to(device)
+        if untrained and (round_number <= 1 or self.which == "previous"):  # the policy is the reference
+            batch = data.step(0)[0]
+            with torch.no_grad(), self.policy.fake_quant_disabled():
+                difference = (self.score(batch).view(-1, 2) - found[batch.index.to(device)]).abs()
+            largest = float(difference.max()) if difference.numel() else 0.0
+            monitor.message(f"reference: log-probabilities of the first step differ by at most {largest:.2g}")
         return found
 
     def _first(self) -> Decoder:

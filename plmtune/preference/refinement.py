@@ -59,7 +59,6 @@ class Refinement:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the template does."""
         return xxhash.xxh3_128_hexdigest(self.source.encode())
 
     @cached_property

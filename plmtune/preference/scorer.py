@@ -75,9 +75,9 @@ class AnswerScorer:
     @torch.no_grad()
     def mean_kl(self, batches: Iterable[ComparisonBatch], reference: Tensor) -> Tensor:
         """KTO's KL term: the mean log-ratio of a step's mismatched answers over all ranks; 0 for other losses."""
-        if not self.loss.mismatched:
-            return torch.zeros((), device=self.runtime.device)
         total, count = torch.zeros((), device=self.runtime.device), 0
+        if not self.loss.mismatched:
+            return total
         for batch in (batch for batch in batches if batch.kl_only):
             ratios = self(batch)[::2] - reference[batch.index, 0]
             total, count = total + ratios.sum(), count + len(ratios)

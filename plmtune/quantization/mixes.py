@@ -33,11 +33,7 @@ def propose(found: Sensitivities, budget: int) -> dict[str, str]:
     below a loss of `NEGLIGIBLE`.
 
     Args:
-        found: what `sensitivity.measure` returned.
         budget: bytes for the measured modules only.
-
-    Raises:
-        ValueError: if even the smallest formats exceed the budget.
     """
     for chosen in mixes(options_of(found), budget):
         if sum(option.divergence for option in chosen.values()) < NEGLIGIBLE:
@@ -51,13 +47,9 @@ def fit_budget(
     """The rules that `propose` gives for a budget of a whole file, and the file's size.
 
     Args:
-        found: what `sensitivity.measure` returned.
-        budget: bytes of the whole file.
+        budget: bytes of the whole file; ValueError names the size of the smallest mix if that exceeds it.
         file_bytes: size of the file that rules give. Its header depends on the mix, by some bytes.
         smallest_file: size of the file with all modules in their smallest format.
-
-    Raises:
-        ValueError: if the file of the smallest mix exceeds the budget; names its size.
     """
     smallest = sum(row.bytes for row in found)
     left = budget - (smallest_file - smallest)

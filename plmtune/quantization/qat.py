@@ -41,9 +41,6 @@ def insert_fake_quantize(model: Any, formats: Mapping[str, Format]) -> None:
     Args:
         model: changed in place; its parameters and their names stay. On the meta device nothing is allocated.
         formats: module name -> format, as a scheme returns it.
-
-    Raises:
-        ValueError: naming the module, if there is none, it is of another kind, or the format does not fit it.
     """
     for name, format in formats.items():
         try:
@@ -101,7 +98,7 @@ class WeightRounding(FakeQuantizerBase):
         self.config = format
         self.enabled = True
         self.frozen = False
-        self._cached: tuple[int, Tensor] | None = None  # the weight's version, its rounded form
+        self.cached: tuple[int, Tensor] | None = None  # the weight's version, its rounded form
 
     def forward(self, weight: Tensor) -> Tensor:
         if not self.enabled:
@@ -113,15 +110,12 @@ class WeightRounding(FakeQuantizerBase):
         if torch.compiler.is_compiling() or (self.training and not self.frozen):
             return round_as_stored(weight, self.config)
         # Fused optimizers write without a new version, but never in eval mode.
-        if self._cached is None or self._cached[0] != weight._version:
-            self._cached = weight._version, round_as_stored(weight, self.config)
-        return self._cached[1]
-
-    def reset(self) -> None:
-        self._cached = None
+        if self.cached is None or self.cached[0] != weight._version:
+            self.cached = weight._version, round_as_stored(weight, self.config)
+        return self.cached[1]
 
     def train(self, mode: bool = True) -> WeightRounding:
-        self.reset()
+        self.cached = None
         super().train(mode)
         return self
 
@@ -145,16 +139,9 @@ class InputRounding(FakeQuantizerBase):
 
 @torch.no_grad()
 def round_as_stored(weight: Tensor, format: Format) -> Tensor:
-    """The numbers of a matrix's stored form: `quantize.round_weight` and back, in a third of the time.
+    """The numbers of the stored form of a matrix (Tensor), [out, in], in its dtype.
 
-    Each training step needs them, but not the integers themselves.
-
-    Args:
-        weight (Tensor): [out, in].
-        format: of the stored form.
-
-    Returns:
-        Tensor: [out, in], in the weight's dtype.
+    Equal to `quantize.round_weight` and back, in a third of the time: a training step needs no integers.
     """
     low, high = bounds(format)
     groups = weight.float().unflatten(-1, (-1, format.group_size or weight.shape[-1]))  # [out, groups, size]
@@ -181,7 +168,7 @@ def fake_quant_frozen(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         for module in found:
-            module.reset()
+            module.cached = None
 
 
 def fake_quant_disabled(model: nn.Module) -> AbstractContextManager[None]:
@@ -201,15 +188,9 @@ def write_scheme(directory: Path, scheme: Mapping[str, Any]) -> None:
 
 
 def read_scheme(checkpoint: str | Path) -> dict[str, Any] | None:
-    """The scheme that a checkpoint was trained for, as `scheme_settings` returned it; None without one.
-
-    Args:
-        checkpoint: a model directory, a checkpoint or a run, whose newest checkpoint counts.
-    """
+    """The scheme that a checkpoint was trained for, as `scheme_settings` returned it; None without one."""
     directory = checkpoint_directory(checkpoint)
-    if not (directory / CONFIG).exists():  # adapters
-        return None
-    stored = read_json(directory, CONFIG).get(KEY)
+    stored = read_json(directory, CONFIG).get(KEY) if (directory / CONFIG).exists() else None  # adapters have no config
     if stored is None:
         return None
     where = f"{directory / CONFIG}, key {KEY}"

@@ -49,10 +49,6 @@ def quantize(
             group gets the range with the least error of the products; without, the range of its weights.
         scheme: the scheme's name and settings.
         progress: wraps the iteration over the modules' names.
-
-    Raises:
-        ValueError: if a format does not fit the model.
-        UserError: naming the tensor, if a weight is not a number.
     """
     for name in progress(list(formats)):
         quantize_module(model, name, formats[name], second_moments.get(name) if second_moments else None)
@@ -121,13 +117,7 @@ def fill(module: Quantized, q: Tensor, scales: Tensor, zeros: Tensor | None, *, 
 def round_weight(
     weight: Tensor, format: Format, second_moments: Tensor | None = None, *, name: str = "the weight"
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Integers, scales and zeros of a matrix, by torchao's primitives.
-
-    Args:
-        weight (Tensor): [out, in].
-        format: of the integers.
-        second_moments (Tensor | None): mean of the squared inputs, [in].
-        name: for errors.
+    """Integers, scales and zeros of a matrix (Tensor), [out, in], by torchao's primitives. See `quantize`.
 
     Returns:
         q (int8 [out, in]; -128..127, -8..7, or 0..15 where there are zeros), scales (bf16 [out, groups]) and zeros
@@ -206,9 +196,6 @@ def to_torchao(model: nn.Module) -> None:
 
     They become `nn.Linear` over `IntxUnpackedToInt8Tensor` of the same integers, scales and zeros, with inputs rounded
     to 8 bits where the format is dynamic.
-
-    Args:
-        model: quantized, without fake-quantized layers.
     """
     for name, module in list(model.named_modules()):
         if not isinstance(module, QuantizedLinear):

@@ -75,11 +75,7 @@ class Sensitivities(list[Sensitivity]):
 
 @torch.no_grad()
 def mean_loss(model: Decoder, batches: Iterable[Tensor]) -> float:
-    """Mean loss in nats a token; each token is predicted from those before it in its row.
-
-    Args:
-        batches: ids, [b, s].
-    """
+    """Mean loss in nats a token of batches of ids, [b, s]; each token is predicted from those before it in its row."""
     nats, tokens = 0.0, 0
     for ids in batches:
         log_probs, targets = _log_probs(model, model(ids, hidden=True)), ids[:, 1:].flatten()
@@ -113,10 +109,8 @@ def measure(
         second_moments: as for `quantize`.
         progress: wraps the iteration over the modules' names.
     """
-    kept, key = {}, ""
-    if path is not None:
-        key = _key(model, formats, rows, dtype, second_moments)
-        kept = _read(path, key)
+    key = _key(model, formats, rows, dtype, second_moments) if path is not None else ""
+    kept = _read(path, key) if path is not None else {}
     shapes = candidates(model)
     unchanged = _Unchanged(model, rows)
     others = [name for name in shapes if name not in formats]
@@ -273,11 +267,5 @@ def _read(path: Path, key: str) -> dict[str, Sensitivity]:
 
 
 def _write(path: Path, key: str, found: Sensitivities) -> None:
-    content = {
-        "key": key,
-        "loss": found.loss,
-        "tokens": found.tokens,
-        "others": found.others,
-        "modules": [asdict(row) for row in found],
-    }
+    content = {"key": key, **vars(found), "modules": [asdict(row) for row in found]}
     write_atomically(path, json.dumps(content, indent=1) + "\n")

@@ -37,11 +37,9 @@ def draw(
     The perplexity of a mix is predicted: that of `before`, times e to the sum of its modules' divergences.
 
     Args:
-        found: what `sensitivity.measure` returned.
-        path: file to write.
         before, after: the model before and after quantizing.
         tokens: predictions that these two were measured on.
-        rules: the mix that was chosen, as `propose` returned it.
+        rules: the mix that was chosen.
     """
     from matplotlib.colors import LogNorm
 

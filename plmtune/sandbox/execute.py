@@ -114,11 +114,7 @@ def run_python(
         stop: once set, the code is ended as after a timeout.
         isolation: "limits" uses neither namespaces nor `processes`, for trusted code: it has all rights of its user,
             can outlive its time in another session, and can change the verdict as root or where processes may trace
-            each other.
-
-    Raises:
-        ValueError: for limits that are not positive.
-        NoSandbox: if this machine cannot isolate; names what is missing.
+            each other. With "namespaces", NoSandbox says what this machine lacks.
     """
     check(Range(above=0), seconds=seconds, memory_bytes=memory_bytes, disk_bytes=disk_bytes)
     check(Range(above=0), output_bytes=output_bytes, processes=processes)
@@ -127,7 +123,11 @@ def run_python(
     called = with_calls(tests)
     if called.never is not None:
         return Result(False, None, "", f"its tests are never run: {called.never}")
-    python, packages = _interpreter(), _numpy()
+    prefix, packages = os.path.realpath(sys.base_prefix), _numpy()
+    # The executable itself, not a virtual environment's link to it.
+    python = os.path.realpath(sys.executable)
+    if not python.startswith(prefix + os.sep):
+        python = f"{prefix}/bin/python{sys.version_info.major}.{sys.version_info.minor}"
     spec = {
         "code": code,
         "tests": called.text,
@@ -137,7 +137,7 @@ def run_python(
         "processes": processes,
         "isolated": isolation == "namespaces",
         "python": python,
-        "prefix": os.path.realpath(sys.base_prefix),
+        "prefix": prefix,
         "packages": {str(folder): f"{_PACKAGES}/{folder.name}" for folder in packages},
         "path": _PACKAGES if isolation == "namespaces" or not packages else str(packages[0].parent),
         "launcher": [(name, _compiled(name)) for name in _LAUNCHER],
@@ -176,17 +176,12 @@ def run_python(
 def run_all(
     work: Sequence[tuple[str, str]], *, seconds: float = 5.0, isolation: Isolation = "namespaces"
 ) -> list[Result]:
-    """Run pairs of (code, tests), one a core at a time; the results are in the same order.
-
-    Raises:
-        NoSandbox: if this machine cannot isolate.
-    """
-    stop = threading.Event()
+    """Run pairs of (code, tests), one a core at a time; the results are in the same order."""
+    stop, pool = threading.Event(), ThreadPoolExecutor(num_cores())
 
     def run(pair: tuple[str, str]) -> Result:
         return run_python(pair[0], tests=pair[1], seconds=seconds, isolation=isolation, stop=stop)
 
-    pool = ThreadPoolExecutor(num_cores())
     try:
         return list(pool.map(run, work))
     finally:
@@ -251,12 +246,3 @@ def _judge(report: dict[str, Any], output: str, in_time: bool, seconds: float) -
     elif not report["finished"]:
         reason = "ended before it came to its end, with exit status 0"
     return Result(reason is None, code, output, reason)
-
-
-def _interpreter() -> str:
-    """The Python executable itself, not a virtual environment's link to it."""
-    prefix = os.path.realpath(sys.base_prefix)
-    here = os.path.realpath(sys.executable)
-    if here.startswith(prefix + os.sep):
-        return here
-    return f"{prefix}/bin/python{sys.version_info.major}.{sys.version_info.minor}"

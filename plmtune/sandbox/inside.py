@@ -237,9 +237,7 @@ class Code:
     """The process of the code, and the pipes to and from it."""
 
     def __init__(self, process: int, to_code: int, verdict: int) -> None:
-        self.process = process
-        self.to_code = to_code
-        self.verdict = verdict
+        self.process, self.to_code, self.verdict = process, to_code, verdict
         self.status: int | None = None
 
     def send(self, text: bytes, more: bytes = b"") -> None:

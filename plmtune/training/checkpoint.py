@@ -60,7 +60,7 @@ class Checkpoints:
 
     Args:
         directory: made at the first save.
-        every: the steps between saves, for `is_due`; 0: the caller saves at the end.
+        every: the steps between saves, for the caller; 0: it saves at the end.
         keep: how many to keep; 0 keeps all.
         best: the metric by whose value one more is kept; None keeps none.
         mode: "min" or "max".
@@ -72,9 +72,6 @@ class Checkpoints:
 
     Attributes:
         pinned: a step whose checkpoint is kept as long as it stands here.
-
-    Raises:
-        ValueError: if `keep` is negative.
     """
 
     directory: Path = field(kw_only=False)
@@ -99,10 +96,6 @@ class Checkpoints:
         self._own: set[int] = set()  # steps saved since
         if distributed.rank() == 0:
             remove_unfinished(self.directory)
-
-    def is_due(self, step: int) -> bool:
-        """Whether to save after `step`."""
-        return self.every > 0 and step % self.every == 0
 
     def save(
         self,
@@ -186,16 +179,15 @@ class Checkpoints:
         return f"Its newest checkpoint is that of step {newest}." if newest else "No step was saved before."
 
     def has_failed(self, message: Callable[[str], None]) -> bool:
-        """Poll; whether a save in the background failed, which is reported. Every rank must call it, after each step.
+        """Poll; whether a save in the background failed, which is reported, or raised for numbers that are not finite.
 
-        Raises:
-            NotFinite: if it holds NaN or an infinity.
+        Every rank must call it, after each step.
         """
         try:
             self.poll()
-        except NotFinite:
-            raise
         except UserError as error:
+            if isinstance(error, NotFinite):
+                raise
             message(f"{error}\nTrying once more, with the present state.")
             return True
         return False
@@ -206,9 +198,6 @@ class Checkpoints:
         Args:
             step: the last step.
             since: the step whose update produced them.
-
-        Raises:
-            NotFinite: on every rank.
         """
         if names := not_finite(dict(model.named_parameters())):
             with suppress(UserError):  # a save in progress may become the newest checkpoint
@@ -245,9 +234,6 @@ class Checkpoints:
 
         Returns:
             Its `state`, and its "step".
-
-        Raises:
-            UserError: if it does not fit this run.
         """
         try:
             document = read_trainer_state(path)
@@ -278,11 +264,7 @@ class Checkpoints:
         return {**document["state"], "step": self._from}
 
     def load_weights(self, step: int, model: nn.Module) -> None:
-        """Load the weights of `step`, and nothing else of it, into a model. Every rank must call it.
-
-        Raises:
-            UserError: if its checkpoint is not there, is damaged, or does not fit.
-        """
+        """Load the weights of `step`, and nothing else of it, into a model. Every rank must call it."""
         path = step_path(self.directory, step)
         distributed.broadcast_from_rank0(lambda: manifest.check_files(path)["step"])
         distributed.load_full_tensors(self.state_dict(model), Stored(locate(path, self.stem)))

@@ -13,17 +13,10 @@ import torch
 
 
 def measure_cost(step: Callable[[], object], device: torch.device, *, rounds: int = 3) -> float:
-    """Time a step with and without deterministic algorithms, and restore the random state.
+    """Time a step (a forward and a backward) with and without deterministic algorithms, and restore the random state.
 
-    Every rank must call it.
-
-    Args:
-        step: a forward and a backward.
-        device: where it computes.
-        rounds: in each both are timed, in alternating order.
-
-    Returns:
-        The median over rounds of (seconds deterministic) / (seconds without).
+    Returns the median of (seconds deterministic) / (seconds without) over rounds, in which the order alternates. Every
+    rank must call it.
     """
     ratios = []
     with preserve_random_state(device):

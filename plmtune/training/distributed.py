@@ -87,9 +87,6 @@ def _rendezvous(store: dist.Store, rank: int, world: int, timeout: timedelta) ->
 
     torchrun's store outlives its workers, and each machine counts only its own restarts. So rank 0 names each round of
     workers, and the others wait until rank 0 has seen them under that name.
-
-    Raises:
-        RuntimeError: naming the ranks that did not join.
     """
     mine, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     places, round_ = [f"here/{other}" for other in range(world)], None
@@ -302,11 +299,7 @@ def gather_texts(text: str) -> list[str]:
 
 
 def broadcast_from_rank0(decide: Callable[[], Any]) -> Any:
-    """Call `decide` on rank 0, and return its result, as JSON, on every rank. Every rank must call it.
-
-    Raises:
-        UserError: on every rank, if `decide` raises it.
-    """
+    """Call `decide` on rank 0; every rank must call this, and gets its result, as JSON, or its UserError."""
     answer, failure = None, ""
     if rank() == 0:
         try:
@@ -322,10 +315,7 @@ def broadcast_from_rank0(decide: Callable[[], Any]) -> Any:
 def once_per_machine(do: Callable[[], T]) -> T:
     """Call `do`, which downloads, on one process of each machine, then on the others, which find the files there.
 
-    Every rank must call it.
-
-    Raises:
-        UserError: on every rank, if `do` raises it on one.
+    Every rank must call it; a UserError of one is raised on all.
     """
     first, given = environment()[1] == 0, list[T]()
     for turn in (True, False):
@@ -370,11 +360,7 @@ def with_local(local: Tensor, example: DTensor) -> DTensor:
 
 
 def load_full_tensors(targets: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors into `targets`, a model's tensors by name, sharded or not.
-
-    Raises:
-        UserError: if a tensor is missing or has another shape.
-    """
+    """Copy whole tensors into `targets`, a model's tensors by name, sharded or not."""
     with torch.no_grad():
         for name, tensor in targets.items():
             value = state.get(name)

@@ -98,9 +98,6 @@ def setup_model(
         init: what the run starts from; None: the weights come from the checkpoint that the run resumes from.
         resumed: the checkpoint that the run resumes from, if there is one.
         score_head: add a reward model's head, where the initial checkpoint has none.
-
-    Raises:
-        UserError: if the initial checkpoint, the adapters or the scheme do not fit the model.
     """
     generator = torch.Generator().manual_seed(cfg.seed)
     if score_head:
@@ -121,11 +118,6 @@ def setup_model(
         if resumed and adapters.base_digest(resumed) != adapter_config["plmtune"]["base"]:
             raise UserError(
                 f"init_from={init.name} no longer holds the base weights of the adapters in {resumed}. Put them back."
-            )
-        if adapter_config["peft_type"] != "LORA":
-            notes.append(
-                "The base's files hold several matrices in one, so PEFT does not load these adapters as they are: "
-                "plmtune export RUN --to hf --adapters keep writes its form of them"
             )
     trained = runtime.distribute(model, compile=cfg.runtime.compile)
     return FinetuneModel(model, trained, tokenizer, model.dtype, adapter_config, scheme, notes)
@@ -179,11 +171,7 @@ def _insert_fake_quantize(chosen: Component | None, model: Decoder) -> tuple[dic
 
 
 def load_init_model(cfg: FinetuningConfig, model: Decoder, tokenizer: Tokenizer, runtime: Runtime) -> Decoder:
-    """Load the weights that a run began with as a second model, for numbers only, not for training.
-
-    Args:
-        model: of the run.
-    """
+    """Load the weights that a run began with as a second model, for numbers only, not for training."""
     init = find_init_checkpoint(cfg.init_from, model, tokenizer, cfg.scheduler)
     assert init is not None
     loaded: Decoder = adapters.load_model(init.directory, runtime.device, torch.float32)

@@ -17,6 +17,8 @@ from plmtune.io.run_directory import RunDirectory
 from plmtune.ranges import AT_LEAST_1, check
 from plmtune.training.distributed import gather_texts
 
+_SHOWN = 3  # locations in a message
+
 
 @dataclass
 class Guard:
@@ -42,9 +44,6 @@ class Guard:
         consecutive_skips: updates refused since the last accepted one.
         reason: why the latest was refused, as a part of a sentence.
         losses: of the latest one's micro-batches on this rank.
-
-    Raises:
-        ValueError: for a setting that is out of its range.
     """
 
     spike_factor: float = 10.0
@@ -121,20 +120,17 @@ class Guard:
         self._sorted = sorted(self._norms)
 
     def stop(self, step: int, locations: Sequence[str]) -> UserError:
-        """The error to raise when `exhausted`.
-
-        Args:
-            step: the last refused one, counted from 1 as in the metrics.
-            locations: where the tokens of its batch come from, over all ranks.
-        """
+        """The error to raise when `exhausted` at a step, whose tokens come from `locations`, over all ranks."""
         count = self.consecutive_skips
         first = step - count + 1
         several = f"{count} updates in a row were skipped (steps {first} to {step}), the last because"
         what = several if count > 1 else "the update was skipped, because"
         kept = f"those after step {first - 1}" if first > 1 else "those that the run began with"
+        shown, more = "; ".join(locations[:_SHOWN]), len(locations) - _SHOWN
+        shown += f"; and {more:,} more" if more > 0 else ""
         return UserError(
             f"step {step}: {what} {self.reason}. Parameters and moments are {kept}, and saved. The batch of step "
-            f"{step} came from {_listed(locations)}. Look at that text. If it is right, start again with a "
+            f"{step} came from {shown}. Look at that text. If it is right, start again with a "
             "lower optimizer.lr, or resume after that step with a higher guard.spike_factor or guard.patience."
         )
 
@@ -154,9 +150,6 @@ def handle_skip(
         message: shows a line.
         locate: gives the files and offsets of micro-batches of this step and rank, see `sample_locations`.
         save: (metrics, *, wait) saves the state after the last accepted update.
-
-    Raises:
-        UserError: after `patience` skipped updates in a row.
     """
     message(f"step {step}: update skipped, because {guard.reason}")
     if not guard.exhausted:
@@ -176,13 +169,8 @@ def not_finite(named: Mapping[str, Tensor]) -> str:
 def sample_locations(losses: Sequence[Tensor], locate: Callable[[Collection[int]], list[str]]) -> list[str]:
     """Where the text of a skipped update comes from, over all ranks. Every rank must call it.
 
-    Args:
-        losses: of this rank's micro-batches.
-        locate: gives the locations of micro-batches, by their indices.
-
-    Returns:
-        The locations of micro-batches whose loss is not finite; if all are finite, those of all micro-batches, since
-        the gradient norm is of all together.
+    These are the locations of micro-batches whose loss is not finite; if all are finite, those of all micro-batches,
+    since the gradient norm is of all together.
     """
     bad = [index for index, loss in enumerate(losses) if not math.isfinite(loss)]
     return _gathered(locate(bad)) or _gathered(locate(range(len(losses))))
@@ -190,8 +178,3 @@ def sample_locations(losses: Sequence[Tensor], locate: Callable[[Collection[int]
 
 def _gathered(lines: list[str]) -> list[str]:
     return [line for text in gather_texts("\n".join(lines)) for line in text.splitlines()]
-
-
-def _listed(locations: Sequence[str], most: int = 3) -> str:
-    shown = "; ".join(locations[:most])
-    return f"{shown}; and {len(locations) - most:,} more" if len(locations) > most else shown

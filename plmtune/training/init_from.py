@@ -38,9 +38,6 @@ def choose_init_checkpoint(cfg: TrainingConfig, *, allow_missing: bool = False) 
 
     Args:
         allow_missing: if there is nothing to start from, leave all three empty, and ask no hub.
-
-    Raises:
-        UserError: if there is nothing to start from, with what to run or pass.
     """
     # Rank 0 decides for all: the newest run may be another one a moment later.
     found, message = broadcast_from_rank0(lambda: _find_init_checkpoint(cfg, allow_missing))
@@ -59,10 +56,7 @@ def choose_init_checkpoint(cfg: TrainingConfig, *, allow_missing: bool = False) 
 def pin_revisions(cfg: TrainingConfig, *, weights: bool = False) -> None:
     """Replace the hub's models that a config names by their present commits, and fetch what is read of them.
 
-    Every rank calls it.
-
-    Args:
-        weights: fetch also the weights of a reward model that a round needs.
+    Every rank calls it. With `weights` the weights of a reward model that a round needs are fetched, too.
     """
     # Rank 0 decides for all: on another machine a directory may have that name.
     if cfg.init_from and not cfg.resume:
@@ -71,14 +65,11 @@ def pin_revisions(cfg: TrainingConfig, *, weights: bool = False) -> None:
         chosen: Component | None = getattr(cfg, group, None)
         if chosen is None or not isinstance(chosen.settings.get("path"), str):
             continue
-        if pinned := broadcast_from_rank0(partial(_pinned_revision, chosen.settings["path"])):
+        path = chosen.settings["path"]
+        if pinned := broadcast_from_rank0(partial(lambda path: hub.pin(path) if hub.parse(path) else None, path)):
             whole = group == "reward" and weights and getattr(cfg, "rounds", 0) > 0
             once_per_machine(partial(hub.fetch, hub.HubModel(*pinned.split("@")), weights=whole))
             setattr(cfg, group, replace(chosen, settings={**chosen.settings, "path": pinned}))
-
-
-def _pinned_revision(path: str) -> str | None:
-    return hub.pin(path) if hub.parse(path) else None
 
 
 def _path_on_any_machine(name: str, directory: Path) -> str:
@@ -164,9 +155,6 @@ def find_init_checkpoint(
     Args:
         tokenizer: None where only its size is known.
         weights: False: the configuration is enough, see `checkpoint_directory`.
-
-    Raises:
-        UserError: naming what differs or is damaged.
     """
     if not init_from:
         return None
@@ -196,11 +184,7 @@ def check_finite(model: Any, init_from: str) -> None:
 
 
 def init_checkpoint_directory(init_from: str, *, weights: bool = True) -> Path:
-    """The directory of the checkpoint that `init_from` names; of a run its newest valid one. Every rank calls it.
-
-    Args:
-        weights: False: the configuration is enough, see `checkpoint_directory`.
-    """
+    """The directory of the checkpoint that `init_from` names; of a run its newest valid one. Every rank calls it."""
     # A commit of the hub, see `choose_init_checkpoint`: each machine has a cache of its own.
     if broadcast_from_rank0(lambda: bool(hub.parse(init_from))):
         return once_per_machine(lambda: checkpoint_directory(init_from, weights=weights))

@@ -16,6 +16,7 @@ from plmtune.errors import NotFinite, UserError
 from plmtune.io import terminal
 from plmtune.io.run_directory import RunDirectory, refuse_unusable
 from plmtune.io.signals import EXIT_STOPPED
+from plmtune.training import distributed
 from plmtune.training.checkpoint import Checkpoints
 from plmtune.training.determinism import preserve_random_state
 from plmtune.training.distributed import broadcast_from_rank0
@@ -81,9 +82,6 @@ def setup_run(
     Args:
         fetch: the run begins now: what it takes from the hub is fetched.
         allow_missing: if there is nothing to start from, check what does not depend on it.
-
-    Raises:
-        UserError: what a run would refuse; a dry run and ``plmtune validate`` refuse the same.
     """
     find_run(cfg)
     find_sources(cfg.data)  # before a model is looked for, or fetched
@@ -142,7 +140,7 @@ def _run(
         elif runtime.is_main:
             report(recipe.run.path, cfg)
     if score is None:
-        runtime.barrier()  # torchrun ends the others when one leaves: rank 0 first records how the run stopped
+        distributed.barrier()  # torchrun ends the others when one leaves: rank 0 first records how the run stopped
     sys.stdout.flush()
     return score
 
@@ -150,11 +148,7 @@ def _run(
 def open_monitor(
     cfg: TrainingConfig, run: RunDirectory, runtime: Runtime, num_steps: int, start_step: int, **rates: Any
 ) -> RunMonitor:
-    """Build the loggers of a config, and the monitor that writes to them.
-
-    Args:
-        num_steps, start_step, rates: see `RunMonitor`; of the rates tokens_per_step and flops_per_token.
-    """
+    """Build the loggers of a config, and the monitor that writes to them, with `rates` for its speed and MFU."""
     # Built on rank 0 alone: some loggers begin a run of their own when they are made.
     wanted = cfg.logger and runtime.is_main
     built = build("logger", cfg.logger, directory=run.path, config=to_plain(cfg)) if wanted else []
@@ -170,12 +164,9 @@ def open_monitor(
 
 
 def warm_up(runtime: Runtime, step: Callable[[], object]) -> None:
-    """Run DDP's first backward before the first step.
+    """Run DDP's first backward before the first step, by a forward and a backward that change no weight.
 
     It decides in which order later ones sum over ranks. A resumed run does its first backward here too, not in a step.
-
-    Args:
-        step: a forward and a backward that change no weight.
     """
     if runtime.strategy == "ddp":
         with preserve_random_state(runtime.device):

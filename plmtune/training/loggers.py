@@ -131,9 +131,6 @@ def several(
 
     Args:
         loggers: name -> a logger with its settings, as ``logger.loggers.wandb.project=mine`` sets one.
-
-    Raises:
-        ValueError: if there are none, or one holds others itself.
     """
     _check_several(loggers)
     return [logger(directory=directory, config=config) for logger in loggers.values()]

@@ -51,26 +51,25 @@ def available_memory(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
     available = psutil.virtual_memory().available
-    for limit_file, used_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    for group, limit_file, used_file in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
-        try:
-            limit, used = Path(limit_file).read_text().strip(), Path(used_file).read_text().strip()
-        except OSError:
-            continue
-        if limit.isdigit():  # "max": no limit
-            available = min(available, max(int(limit) - int(used) + _reclaimable(Path(used_file).parent), 0))
+        limit, used = _read(f"{group}/{limit_file}").strip(), _read(f"{group}/{used_file}").strip()
+        if limit.isdigit() and used:  # "max": no limit
+            # Page cache, which the usage counts, is given back when memory is wanted.
+            lines = map(str.split, _read(f"{group}/memory.stat").splitlines())
+            cached = sum(int(n) for key, n in lines if key in ("inactive_file", "active_file"))
+            available = min(available, max(int(limit) - int(used) + cached, 0))
     return int(available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _reclaimable(group: Path) -> int:
-    """Page cache that a control group's usage counts, and that the kernel gives back when memory is wanted."""
+def _read(file: str) -> str:
+    """A file's text; empty where it cannot be read."""
     try:
-        lines = (group / "memory.stat").read_text().splitlines()
+        return Path(file).read_text()
     except OSError:
-        return 0
-    return sum(int(n) for key, n in map(str.split, lines) if key in ("inactive_file", "active_file"))
+        return ""
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

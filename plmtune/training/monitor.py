@@ -148,11 +148,7 @@ class RunMonitor:
         return stop
 
     def raise_failure(self) -> None:
-        """Fail if metrics can no longer be written.
-
-        Raises:
-            UserError: with the reason, on every rank.
-        """
+        """Raise UserError, on every rank, if metrics can no longer be written."""
         if self.failure:
             raise UserError(self.failure)
 
@@ -175,11 +171,9 @@ class RunMonitor:
         except Exception as error:  # a logger's own: of a network, a disk, a server
             reason = (error.strerror if isinstance(error, OSError) else None) or f"{type(error).__name__}: {error}"
             if not self.failure:
-                self.failure = (
-                    f"{name} cannot be written: {reason}. The run has saved its state; fix this, then resume with: "
-                    f"{resume_command(self.run.path)}"
-                )
-                self.message(f"{name} cannot be written: {reason}. Finishing the step and saving.")
+                failed, resume = f"{name} cannot be written: {reason}.", resume_command(self.run.path)
+                self.failure = f"{failed} The run has saved its state; fix this, then resume with: {resume}"
+                self.message(f"{failed} Finishing the step and saving.")
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -208,10 +202,7 @@ class RunMonitor:
         seconds = time.perf_counter() - self._began - self._paused
         last_step, last_seconds = self._previous
         self._previous = (step, seconds)
-        timing: dict[str, float | int] = {
-            "time": round(seconds, 3),
-            "memory_bytes": peak_memory_bytes(self.device),
-        }
+        timing: dict[str, float | int] = {"time": round(seconds, 3), "memory_bytes": peak_memory_bytes(self.device)}
         if self.tokens_per_step and step > last_step and seconds > last_seconds:
             rate = (step - last_step) * self.tokens_per_step / (seconds - last_seconds)
             timing["tokens_per_second"] = round(rate, 1)

@@ -21,11 +21,7 @@ _CONTEXTS = {"": ("direct", _TRAIN), "given_rejected/": ("given the worse", _OTH
 
 
 def draw_curves(source: Path, target: Path) -> None:
-    """Draw `source` (metrics.jsonl) into `target` (a PNG), with the end of the run directory's path as title.
-
-    Raises:
-        UserError: if the file cannot be read or holds no training loss yet.
-    """
+    """Draw `source` (metrics.jsonl) into `target` (a PNG), with the end of the run directory's path as title."""
     try:
         entries = metrics.read(source)
     except (OSError, UnicodeDecodeError) as error:
@@ -52,14 +48,12 @@ def draw_curves(source: Path, target: Path) -> None:
         wanted.append((1.6, lambda panel: _draw_rewards(panel, rounds)))
     if tasks:
         wanted.append((1.6, lambda panel: _draw_tasks(panel, tasks, axis)))
-    heights = [height for height, _ in wanted]
+    heights, draws = zip(*wanted, strict=True)
     figure = new_figure(9, 1.1 + 1.15 * sum(heights))
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     figure.suptitle("/".join(source.resolve().parent.parts[-2:]), fontsize=12)
-    for panel, (_, draw) in zip(panels, wanted, strict=True):
+    for panel, draw in zip(panels, draws, strict=True):
         draw(panel)
-    for panel in panels:
-        panel.spines[["top", "right"]].set_visible(False)
     # A little more than the last point, whose dot would be cut in half.
     panels[-1].set_xlim(0, _ROOM * max(axis(e) for e in (*training, *validations, *tasks)))
     panels[-1].set_xlabel(unit)
@@ -107,11 +101,12 @@ def _draw(
 
 
 def _finish(panel: Any, label: str, *, legend: bool = True, **settings: Any) -> None:
-    """Label a small panel."""
+    """Label a panel, and draw its grid."""
     panel.set_ylabel(label)
     if legend:
-        panel.legend(frameon=False, fontsize=8, **settings)
+        panel.legend(frameon=False, **{"fontsize": 8, **settings})
     panel.grid(alpha=0.25, linewidth=0.6)
+    panel.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_losses(panel: Any, training: Sequence[Any], validations: Sequence[Any], axis: Any) -> None:
@@ -133,9 +128,7 @@ def _draw_losses(panel: Any, training: Sequence[Any], validations: Sequence[Any]
             ratio = bits / final["validation_loss"]
             second = panel.secondary_yaxis("right", functions=(lambda y: y * ratio, lambda y: y / ratio))
             second.set_ylabel("bits per byte")
-    panel.set_ylabel("loss a pair" if "pairs" in training[0] else "loss (nats a token)")
-    panel.legend(frameon=False, fontsize=9)
-    panel.grid(alpha=0.25, linewidth=0.6)
+    _finish(panel, "loss a pair" if "pairs" in training[0] else "loss (nats a token)", fontsize=9)
     if many:
         # The first steps of a fresh model are far above all that follows; the curve of interest is below.
         panel.set_ylim(top=min(max(losses), 1.05 * max(smooth(losses, len(losses) // 40))))
@@ -191,4 +184,5 @@ def _draw_sparsity(figure: Any, panel: Any, entries: Sequence[Any], layers: Sequ
     mesh = panel.pcolormesh(*edges, rows, cmap="viridis", vmin=0, vmax=1)
     panel.set_yticks(range(0, len(layers), -(-len(layers) // 4)))
     panel.set_ylabel("layer")
+    panel.spines[["top", "right"]].set_visible(False)
     figure.colorbar(mesh, ax=panel, label="FFN zeros", pad=0.01, fraction=0.03, ticks=[0, 0.5, 1])

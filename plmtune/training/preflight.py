@@ -235,11 +235,8 @@ def check_best_metric(best: str | None, metrics: Sequence[str]) -> None:
     """Refuse a `checkpoint.best` that matches no pattern of the metrics that a validation measures."""
     if best is not None and not any(re.fullmatch(pattern, best) for pattern in metrics):
         renamed = RENAMED_METRICS.get(best)
-        near = (
-            f" Did you mean {renamed}?"
-            if renamed
-            else did_you_mean(best, [pattern for pattern in metrics if re.fullmatch(r"[\w/]+", pattern)])
-        )
+        plain = [pattern for pattern in metrics if re.fullmatch(r"[\w/]+", pattern)]
+        near = f" Did you mean {renamed}?" if renamed else did_you_mean(best, plain)
         raise UserError(f"key checkpoint.best: a validation does not measure {best}.{near}")
 
 
@@ -302,12 +299,8 @@ def check_sources(data: Component | None, kinds: tuple[type, ...], plan: Trainin
     for name, source in plan.sources.items():
         refuse_other_kinds(name, source, kinds)
         if isinstance(source, Prepared) and plan.tokenizer is not None:
-            Shards.open(
-                source.directory,
-                tokenizer_fingerprint=plan.tokenizer.fingerprint,
-                vocab_size=plan.tokenizer.vocab_size,
-                verify=False,
-            )
+            own = {"tokenizer_fingerprint": plan.tokenizer.fingerprint, "vocab_size": plan.tokenizer.vocab_size}
+            Shards.open(source.directory, **own, verify=False)
     try:
         for phase in plan.phases:
             check_mix(phase, sorted(plan.sources), plan.num_sequences(phase))

@@ -115,13 +115,8 @@ def refuse_other_config(path: Path, before: RunConfig, now: RunConfig) -> None:
 
 
 def refuse_other_data(path: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Refuse data that is not what the run at `path` saw.
-
-    Args:
-        before, now: fingerprint of each source.
-    """
-    changed = changed_data(before, now)
-    if changed:
+    """Refuse data, by the fingerprint of each source, that is not what the run at `path` saw."""
+    if changed := changed_data(before, now):
         raise UserError(
             f"{path}: {changed} since the run began. Put it back; or resume with other data, in another order and with "
             f"another hold-out: plmtune resume {path} --allow-data-change; or start a new run from its weights: "
@@ -130,11 +125,7 @@ def refuse_other_data(path: Path, before: Mapping[str, str], now: Mapping[str, s
 
 
 def refuse_other_order(checkpoint: Path, before: Mapping[str, int] | None, now: Mapping[str, int]) -> None:
-    """Refuse a checkpoint of a version that mixed sources in another order.
-
-    Args:
-        before, now: samples of each source up to the checkpoint's step.
-    """
+    """Refuse a checkpoint of a version that mixed sources in another order, by each source's samples up to its step."""
     if before is None or before == now:
         return
     saw, would = (", ".join(f"{name} {count:,}" for name, count in seen.items()) for seen in (before, now))

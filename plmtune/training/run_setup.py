@@ -87,8 +87,11 @@ def find_run(cfg: RunConfig) -> None:
     def find() -> tuple[str, bool]:
         if not cfg.resume:
             found = _run_of_this_job(cfg)
+        elif cfg.run_dir:
+            path = resolve_link(Path(cfg.run_dir))
+            found = _with_this_config(path, cfg) if (path / CONFIG).is_file() else None
         else:
-            found = _run_in(Path(cfg.run_dir), cfg) if cfg.run_dir else _newest_with_config(cfg)
+            found = _newest_with_config(cfg)
         if found is None:
             return "", False
         refuse_if_in_use(found)
@@ -123,9 +126,6 @@ def open_run(
         data: fingerprint of each source.
         saved: the state in the checkpoint that the run resumes from; its "config" (`config_digest`) and "data" count
             where run.json is damaged.
-
-    Raises:
-        UserError: if the run was started with another config or other data, or is in use.
     """
     path = Path(cfg.run_dir) if cfg.run_dir else _new_path(cfg.name, runtime)
     cfg.run_dir = str(path)
@@ -135,11 +135,11 @@ def open_run(
         nonlocal run
         if cfg.resume:
             run = _reopen(cfg, path, data, saved or {})
-            runtime.hold(run)
-            return
-        run = RunDirectory.create(path, to_yaml(cfg), sys.argv, data=data, job=torchrun_job_id())
+        else:
+            run = RunDirectory.create(path, to_yaml(cfg), sys.argv, data=data, job=torchrun_job_id())
         runtime.hold(run)
-        run.update(starts_from=getattr(cfg, "init_from", getattr(cfg, "checkpoint", None)))
+        if not cfg.resume:
+            run.update(starts_from=getattr(cfg, "init_from", getattr(cfg, "checkpoint", None)))
 
     broadcast_from_rank0(begin)
     return run
@@ -149,17 +149,14 @@ def _reopen(cfg: RunConfig, path: Path, data: Mapping[str, str], saved: Mapping[
     """Open the run at `path` again, if config.yaml and the data are what the run began with."""
     began_with = load_config(path / CONFIG)
     if not verify_config(path):
-        if "config" not in saved:
-            log.warning(
-                "%s is missing or damaged: nothing says what config and data the run began with.", path / RECORD
-            )
-        elif saved["config"] not in (config_digest(began_with), config_digest(began_with, read_yaml(path / CONFIG))):
+        digests = config_digest(began_with), config_digest(began_with, read_yaml(path / CONFIG))
+        if saved.get("config") not in (None, *digests):
             raise UserError(
                 f"{path / CONFIG} is not what the run began with, says its checkpoint, and {RECORD} is missing or "
                 f"damaged. Put {CONFIG} back, or start a new run from its weights: init_from={path}"
             )
-        else:
-            log.warning("%s is missing or damaged: the checkpoint says what the run began with.", path / RECORD)
+        says = "the checkpoint says what" if "config" in saved else "nothing says what config and data"
+        log.warning("%s is missing or damaged: %s the run began with.", path / RECORD, says)
     attempts = read_record(path).get("attempts")
     reached = [a.get("saved", 0) for a in attempts if isinstance(a, dict)] if isinstance(attempts, list) else []
     if not saved and any(reached):
@@ -173,9 +170,7 @@ def _reopen(cfg: RunConfig, path: Path, data: Mapping[str, str], saved: Mapping[
     if not cfg.allow_data_change:
         refuse_other_data(path, before, data)
     elif changed := changed_data(before, data):
-        log.warning(
-            "%s: %s since the run began; resuming all the same, because of allow_data_change=true.", path, changed
-        )
+        log.warning("%s: %s since the run began; resuming all the same (allow_data_change=true).", path, changed)
     own = ("run_dir", "resume", "init_from", "force", "allow_data_change")
     run = RunDirectory.open(
         path,
@@ -185,12 +180,6 @@ def _reopen(cfg: RunConfig, path: Path, data: Mapping[str, str], saved: Mapping[
     )
     run.update(data=dict(data), config=manifest.digest(path / CONFIG))
     return run
-
-
-def _run_in(run_dir: Path, cfg: RunConfig) -> Path | None:
-    """The run in `run_dir`; None if there is none yet."""
-    path = resolve_link(run_dir)
-    return _with_this_config(path, cfg) if (path / CONFIG).is_file() else None
 
 
 def _with_this_config(path: Path, cfg: RunConfig) -> Path:

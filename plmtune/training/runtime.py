@@ -74,9 +74,6 @@ class Runtime(contextlib.AbstractContextManager["Runtime"]):
             shard_size: of hsdp; None: the processes of one machine.
             seed: equal on every rank, so that all build the same model. After `distribute` each data rank has its own,
                 so that dropout masks differ.
-
-        Raises:
-            UserError: if there is no such device, or the strategy does not fit the number of processes.
         """
         rank, local_rank, world_size = distributed.environment()
         where, on = _choose_device(device, local_rank)
@@ -176,9 +173,6 @@ class Runtime(contextlib.AbstractContextManager["Runtime"]):
         # dtype given at once: as_tensor alone would round a Python float to fp32 on its way.
         numbers = [torch.as_tensor(v, dtype=torch.float64, device=device).detach().reshape(()) for v in values]
         return tuple(distributed.reduce_sum(torch.stack(numbers)).tolist())
-
-    def barrier(self) -> None:
-        distributed.barrier()
 
     def hold(self, opened: contextlib.AbstractContextManager[object]) -> None:
         """Exit `opened` at the end of this runtime's `with` block, with the error that ends it, if there is one."""

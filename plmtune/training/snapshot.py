@@ -64,10 +64,9 @@ class SnapshotBuffers:
         return tensors, indexes
 
     def _on_host(self, name: str, tensor: Tensor) -> Tensor:
-        on_gpu = tensor.device.type == "cuda"
         if not self.copies:
             return tensor.cpu()
-        buffer = self._buffers.get(name)
+        on_gpu, buffer = tensor.device.type == "cuda", self._buffers.get(name)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
             self._buffers[name] = buffer

@@ -71,21 +71,17 @@ def load_optimizer_state_dict(
     """Load a state of `optimizer_state_dict`, sharded as the model is. Every rank must call it."""
     names = distributed.parameter_names(model)
     saved_groups = rest["groups"]
-    if len(saved_groups) != len(optimizer.param_groups):
+    groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+    if groups != [saved["params"] for saved in saved_groups]:
         raise UserError(
-            f"The checkpoint's optimizer has {len(saved_groups)} groups of parameters, this run's "
-            f"{len(optimizer.param_groups)}. Resume with the optimizer that wrote it."
+            f"The checkpoint's optimizer has {len(saved_groups)} groups of parameters, this run's {len(groups)}, and "
+            "not the same parameters in them. Resume with the model and the optimizer that wrote it."
         )
     entries: dict[str, dict[str, Any]] = {}
     for name in (*tensors, *rest["values"], *rest["quantized"]):
         parameter_name, key = name.split("/")[:2]
         entries.setdefault(parameter_name, {})[key] = f"{parameter_name}/{key}"
     for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
-        if [names[p] for p in group["params"]] != saved["params"]:
-            raise UserError(
-                "The checkpoint's optimizer has other groups of parameters than this run's. "
-                "Resume with the model and the optimizer that wrote it."
-            )
         if sorted(saved["settings"]) != sorted(key for key in group if key != "params"):
             raise UserError(
                 f"The checkpoint's optimizer has the settings {sorted(saved['settings'])}, this run's "
@@ -138,11 +134,7 @@ def random_state() -> dict[str, Any]:
 
 
 def load_random_state(state: Mapping[str, Any]) -> None:
-    """Load a state of `random_state`.
-
-    Raises:
-        ValueError, KeyError, TypeError: if it is damaged.
-    """
+    """Load a state of `random_state`; ValueError, KeyError or TypeError if it is damaged."""
     try:
         torch.set_rng_state(_decode(state["torch"]))
         if state["cuda"] is not None and torch.cuda.is_available():

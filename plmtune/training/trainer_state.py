@@ -35,13 +35,11 @@ _UNFINISHED = re.compile(r"\.(?:tmp-step-|old-step-|latest\.tmp-|best\.tmp-)")
 def latest_valid(directory: Path, *, once: bool = False) -> Path | None:
     """The newest checkpoint whose every file matches its manifest; None if there is no checkpoint.
 
-    Rank 0 reads, and every rank gets its answer. Damaged ones are skipped, with a warning that names the file.
+    Rank 0 reads, and every rank gets its answer. Damaged ones are skipped, with a warning that names the file; if none
+    is valid, every rank raises UserError.
 
     Args:
         once: do not hash a file again that has not changed since it was found valid, see `manifest.check_files_once`.
-
-    Raises:
-        UserError: on every rank, if there are checkpoints and none is valid.
     """
 
     def find() -> str:
@@ -76,11 +74,7 @@ def latest_valid(directory: Path, *, once: bool = False) -> Path | None:
 
 
 def read_trainer_state(directory: Path) -> dict[str, Any]:
-    """The state.json of a checkpoint; empty for a model without training state.
-
-    Raises:
-        UserError: if it is damaged.
-    """
+    """The state.json of a checkpoint; empty for a model without training state."""
     if not (directory / STATE).exists():
         return {}
     document = read_json(directory, STATE, max_bytes=_MAX_STATE_BYTES)
@@ -129,12 +123,7 @@ def load_optimizer_state(directory: Path, *, model: nn.Module, optimizer: Optimi
 
 
 def prune(directory: Path, kept: Collection[int], best: int | None) -> None:
-    """Remove the checkpoints that are not kept, and name the best one in the file `BEST`.
-
-    Args:
-        kept: steps to keep.
-        best: the step with the best metric, which is kept as well; None: there is none.
-    """
+    """Remove the checkpoints of other steps than `kept` and `best`, if there is one; the file `BEST` names it."""
     if best is None:
         (directory / BEST).unlink(missing_ok=True)
     else:

@@ -47,7 +47,8 @@ class TestSparse:
     def test_greedy_tokens_and_logits_are_those_of_dense_decoding(self) -> None:
         model = small()
         tokens, logits = greedy(model, 24)
-        assert sparse_decode.switch(model, True) == 3
+        sparse_decode.switch(model, True)
+        assert [ffn.sparse for ffn in sparse_decode.squared_relus(model).values()] == [True] * 3
         skipped, sparse_logits = greedy(model, 24)
         assert len(set(tokens)) > 3
         assert skipped == tokens

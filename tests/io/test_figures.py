@@ -134,7 +134,7 @@ def sensitivity(layers: int, kinds: int, *, mix: bool) -> Draw:
 def prediction(
     memory: int, decode: float, context: int = 2048, scheme: str = "int4", device: str = "pi5"
 ) -> Prediction:
-    return Prediction(device, "plmtune", scheme, context, 512, 1, memory, 0, 0, 0, 2**33, 1.0, 1.0, decode, 0.2, False)
+    return Prediction(device, "plmtune", scheme, context, 512, 1, memory, 0, 0, 0, 2**33, 0.2, False, 1.0, 1.0, decode)
 
 
 def front(count: int) -> Draw:

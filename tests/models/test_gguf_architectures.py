@@ -144,7 +144,6 @@ class TestRefusals:
                 r"attention.window \(layers.0\)",
             ),
             ("youtu", {"rms_norm_eps": 1e-5}, r"attention.q_a_norm.eps \(layers.0\) is 1e-06, in llama.cpp 1e-05"),
-            ("deepseek_v3", {"num_hidden_layers": 27, "first_k_dense_replace": 27}, "takes each deepseek2 model of 27"),
             ("deepseek_v3-yarn", {}, r"attention.rope_scaling=yarn of a model with mla"),
             ("gpt2", {"activation_function": "gelu"}, r"ffn.approximate \(layers.0\) is 'none', in llama.cpp 'tanh'"),
             ("qwen3", {"attention_bias": True}, r"attention.q_proj.bias \(layers.0\) is \(60,\), in llama.cpp missing"),

@@ -74,7 +74,6 @@ class TestsPass:
         self.seconds = seconds
 
     def score(self, items: Sequence[Item]) -> list[float]:
-        """Score answers, one a core at a time."""
         work = []
         for chain, text in items:
             tests = tests_of(chain)

@@ -84,19 +84,14 @@ def generate_chains(
     progress: Progress = lambda done, total, tokens_per_second: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[Chain] | None:
-    """Answer every prompt in turns, and save the chains as ``chains.jsonl`` in `directory`.
-
-    The settings are saved in ``settings.json``. Every process calls it with the same prompts and answers its share.
+    """Answer every prompt in turns, and save the chains; every process calls it with the same prompts.
 
     Args:
         directory: of this round, the same for all processes. Answers that a killed call left there are reused.
         engine: generates the answers; without requests.
         model: digest of the weights; answers of other weights are refused.
         progress: called after each answer.
-        stop: asked once a second, on every process at the same times; True ends the call.
-
-    Returns:
-        The chains in the order of the prompts, or None after `stop`.
+        stop: asked once a second, on every process at the same times; True ends the call, which returns None.
     """
     directory.mkdir(parents=True, exist_ok=True)
     journal = Journal(directory, {"model": model, **asked.described()})

@@ -83,10 +83,9 @@ class Rounds:
             rewards = self.evaluate(run, number - 1, rollout, monitor.message)
         if rewards:
             monitor.log(step, {AFTER_ROUND: number - 1, **rewards})
-        done = rewards is not None
-        if done and make_pairs:
-            with monitor.paused():
-                done = self.make_pairs(run, number, rollout, monitor.message)
+        with monitor.paused():
+            made = not make_pairs or (rewards is not None and self.make_pairs(run, number, rollout, monitor.message))
+        done = rewards is not None and made
         if not done:
             monitor.stopped(step)
         return done

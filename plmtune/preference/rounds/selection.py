@@ -60,13 +60,10 @@ def select(
 
     def choose(share: Sequence[Chain]) -> list[tuple[int, int] | str]:
         one = partial(_choose, rules=rules, margin=margin, by_reward=by_reward)
-        if tests_pass not in rules:
-            return list(map(one, share))
-        with ThreadPoolExecutor(num_cores()) as pool:  # programs run in parallel
+        with ThreadPoolExecutor(num_cores() if tests_pass in rules else 1) as pool:  # programs run in parallel
             return list(pool.map(one, share))
 
-    choices = _share_out(chains, choose)
-    for chain, found in zip(chains, choices, strict=True):
+    for chain, found in zip(chains, _share_out(chains, choose), strict=True):
         if isinstance(found, str):
             refused.add(chain.place, found)
         else:
@@ -97,9 +94,8 @@ def _share_out(chains: Sequence[Chain], work: Callable[[Sequence[Chain]], list[A
         while distributed.any_rank(not future.done()):
             wait([future], POLL_SECONDS)
     parts = [json.loads(text) for text in distributed.gather_texts(json.dumps(future.result()))]
-    for _, failure in parts:
-        if failure:
-            raise UserError(failure)
+    if failures := [failure for _, failure in parts if failure]:
+        raise UserError(failures[0])
     return [parts[index % num][0][index // num] for index in range(len(chains))]
 
 
@@ -144,10 +140,9 @@ def evaluate(chains: Iterable[Chain]) -> dict[str, float]:
 
 def save_pairs(path: Path, pairs: Iterable[Pair]) -> None:
     """Write pairs as readable JSONL, which the data `preferences` reads."""
-
-    def row(pair: Pair) -> dict[str, Any]:
-        prompt = [message.to_row() for message in pair.prompt]
-        extra = {key: value for key, value in pair.extra.items() if key not in OPENING}
-        return {**extra, "prompt": prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-
-    save_rows(path, map(row, pairs))
+    rows = (
+        {key: value for key, value in pair.extra.items() if key not in OPENING}
+        | {"prompt": [message.to_row() for message in pair.prompt], "chosen": pair.chosen, "rejected": pair.rejected}
+        for pair in pairs
+    )
+    save_rows(path, rows)
