@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from plmtune.errors import UserError
+from plmtune.io.untrusted import load_json
 from plmtune.models.assemble import component_from_config
 from plmtune.models.gguf_architectures import ARCHITECTURES, Architecture
 from plmtune.models.gguf_keys import Metadata
@@ -58,7 +59,7 @@ def build(config: Mapping[str, Any], where: str) -> Decoder:
 
 @lru_cache(maxsize=16)
 def _match(text: str) -> Match:
-    config = json.loads(text)
+    config = load_json(text)
     own, parts = config["component"], tuple(config[part]["component"] for part in ("attention", "ffn", "norm"))
     fitting = [found for found in ARCHITECTURES if parts[0] in found.parts[0] and parts[1:] == tuple(found.parts[1:])]
     if not fitting:

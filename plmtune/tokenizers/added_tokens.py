@@ -22,7 +22,7 @@ def with_added_of_config(data: Any, config: dict[str, Any], where: str) -> Any:
         for key, entry in named.items()
     ):
         raise UserError(f"{where}: added_tokens_decoder must map ids to tokens, each with its content.")
-    if not isinstance(held, list) or not all(isinstance(entry, dict) for entry in held):
+    if not isinstance(held, list) or not all(_names_a_token(entry) for entry in held):
         return data  # `parse` refuses it
     ids = {entry.get("content"): entry.get("id") for entry in held}
     changed = {
@@ -30,6 +30,10 @@ def with_added_of_config(data: Any, config: dict[str, Any], where: str) -> Any:
         for key, entry in sorted(named.items(), key=lambda item: int(item[0]))
     }
     return data | {"added_tokens": [e for e in held if e.get("content") not in changed] + list(changed.values())}
+
+
+def _names_a_token(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("content"), str)
 
 
 def with_named(data: Any, named: set[str], new: list[str], more: dict[str, Any], where: str) -> Any:
@@ -49,8 +53,8 @@ def with_named(data: Any, named: set[str], new: list[str], more: dict[str, Any],
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocab, list):
         vocab = {entry[0]: identity for identity, entry in enumerate(vocab) if isinstance(entry, list) and entry}
-    if not isinstance(vocab, dict) or not all(isinstance(entry, dict) for entry in held):
-        return data
+    if not isinstance(vocab, dict) or not all(_names_a_token(entry) for entry in held):
+        return data  # `parse` refuses it
     if not all(type(identity) is int for identity in more.values()):
         raise UserError(f"{where}: added_tokens.json must map tokens to ids.")
     known = {entry.get("content") for entry in held}

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -112,9 +111,3 @@ class TestBench:
         monkeypatch.chdir(tmp_path)
         code, _, err = run(monkeypatch, capsys, "bench", *words)
         assert code == 2 and said in err and "Traceback" not in err
-
-
-def test_a_measurement_survives_json() -> None:
-    values = ("a", "plmtune", "bf16", 8, 1, None, None, 10.0, 1000, 1, None, None, (1, 2))
-    found = Measurement(*values)  # type: ignore[arg-type]
-    assert module._read(json.loads(json.dumps(found.__dict__))) == replace(found)

@@ -108,7 +108,7 @@ class TestPerplexity:
     @pytest.mark.parametrize("adds_bos", [False, True])
     def test_documents_start_from_bos_where_the_tokenizer_adds_it(self, adds_bos: bool) -> None:
         model, with_bos = small(), copy.copy(tokens())
-        with_bos.bos_id, with_bos.adds_bos = 65, adds_bos
+        with_bos.bos_id, with_bos.adds_bos, with_bos.first_ids = 65, adds_bos, (65,) if adds_bos else ()
         ids = torch.tensor([[65 if adds_bos else with_bos.eos_id, *b"xyz"]])
         with torch.no_grad():
             expected = F.cross_entropy(model(ids[:, :-1])[0], ids[0, 1:], reduction="sum")

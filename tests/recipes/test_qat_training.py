@@ -19,6 +19,7 @@ from plmtune.models.checkpoint_files import checkpoint_directory
 from plmtune.models.hf import load_model
 from plmtune.quantization import qat
 from plmtune.quantization.quantize import quantize
+from plmtune.tokenizers.tokenizer_files import load_tokenizer
 
 QAT = ["quantization=int4", "quantization.qat=true", "quantization.embedding=int4_g32"]
 SHORT = ["phases=[{name: main, steps: 2}]", "validation.every=0", "checkpoint={every: 0}"]
@@ -36,7 +37,9 @@ class TestSft:
         assert scheme is not None and scheme["component"] == "int4" and scheme["embedding"] == "int4_g32"
         keys = json.loads((saved / "config.json").read_text())
         assert keys.pop("qat") == {"scheme": scheme}
-        assert keys == json.loads((base / "base" / "config.json").read_text())
+        eos = load_tokenizer(saved).eos_id
+        ids = {"eos_token_id": eos, "pad_token_id": eos}
+        assert keys == json.loads((base / "base" / "config.json").read_text()) | ids
         model = load_model(saved)
         recipe = recipes[0][0]
         recipe.model = recipe.trained = model  # the same validation, by the checkpoint
