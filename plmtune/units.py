@@ -20,6 +20,7 @@ def parse_count(value: int | str, key: str) -> int:
 
 def show_count(value: float) -> str:
     """Write a count with three digits: 1,234 -> 1.23K, 1825458176 -> 1.83B; 1e15 is 1P and 1e18 1E, for FLOPs."""
+    value = float(f"{value:.3g}")  # 999,885,952 is 1B
     for letter, scale in {"E": 10**18, "P": 10**15, **dict(reversed(_SCALE.items()))}.items():
         if letter and abs(value) >= scale:
             return f"{show_number(value / scale)}{letter}"

@@ -163,7 +163,7 @@ MISTAKES = [
 ]
 CHECKS = ["validate demo", "run demo --dry-run", "validate demo_dpo"]
 READING = [
-    *("--help", "ls", "ls attention", "cp pretrain mine.yaml", "data prepare --help"),
+    *("--help", "ls", "ls attention", "ls model", "ls model gemma3", "cp pretrain mine.yaml", "data prepare --help"),
     *("eval --help", "chat --help", "perplexity --help"),
     *("export --help", "verify --help", "bench --help", "plan --help"),
 ]

@@ -26,7 +26,7 @@ def test_a_number_has_three_digits_and_no_power_of_ten(value: float, text: str) 
 def test_counts_beyond_the_last_letter_stay_plain() -> None:
     assert show_count(1.954e15) == "1.95P"
     assert show_count(1.954e22) == "19,500E"
-    assert show_count(999_999) == "1,000K"
+    assert show_count(999_999) == "1M"
     assert show_count(1234) == "1.23K"
 
 

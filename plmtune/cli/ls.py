@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +13,45 @@ from plmtune.cli import COMMANDS
 from plmtune.cli.options import import_option
 from plmtune.config.builtin import builtin_folder
 from plmtune.config.names import DEVICES, name_hint
-from plmtune.errors import UserError
+from plmtune.config.rules import read_yaml
+from plmtune.errors import UserError, did_you_mean
 from plmtune.io.tables import Column, Table, show
-from plmtune.registry import Component, describe_components, keys_of
+from plmtune.models.families import model_types
+from plmtune.registry import Component, Description, describe_components, keys_of
+from plmtune.units import show_count
 
 
 @click.command()
 @click.argument("group", required=False)
+@click.argument("name", required=False)
 @import_option
-def ls(group: str | None) -> None:
+def ls(group: str | None, name: str | None) -> None:
     """List recipes, configs, groups and devices; or the components and presets of GROUP with their settings.
+
+    NAME is a component or a preset of the group, and all that is known of it is shown.
 
     \b
     plmtune ls
+    plmtune ls model
+    plmtune ls model qwen3
     plmtune ls attention
     plmtune ls devices
     """
     if group is None:
         _overview(describe_components())
     elif group == "devices":
+        if name is not None:
+            raise UserError(f"plmtune ls devices takes no name. See: plmtune plan CONFIG --device {name}")
         _devices()
     else:
-        _group(group, describe_components())
+        group = group.rpartition("/")[2]
+        _check_group(group)
+        if name is not None:
+            _one(group, name, describe_components()[group])
+        elif group == "model":
+            _models(describe_components()[group])
+        else:
+            _group(group, describe_components()[group])
 
 
 def _first_comment(path: Path) -> str:
@@ -79,27 +97,92 @@ def _list(entries: Iterable[tuple[str, str]]) -> None:
         show(table)
 
 
-def _group(group: str, table: Any) -> None:
-    leaf = group.rpartition("/")[2]
-    if leaf not in table:
-        known = name_hint(leaf, [*table, "devices"])
-        near = f" {leaf} is a command: plmtune {leaf}" if leaf in COMMANDS else known
+def _check_group(group: str) -> None:
+    table = describe_components()
+    if group not in table:
+        known = name_hint(group, [*table, "devices"])
+        near = f" {group} is a command: plmtune {group}" if group in COMMANDS else known
         raise UserError(f"There is no group {group}.{near}")
-    for name, entry in sorted(table[leaf].items()):
+
+
+def _presets(group: str) -> dict[str, Path]:
+    """The presets of a group by name, those of groups inside others, too."""
+    conf = builtin_folder("conf")
+    return {path.stem: path for path in sorted({*conf.glob(f"{group}/*.yaml"), *conf.glob(f"*/{group}/*.yaml")})}
+
+
+def _group(group: str, components: Mapping[str, Description]) -> None:
+    for name, entry in sorted(components.items()):
         summary = entry.doc.strip().split("\n\n")[0].replace("\n", " ")
         show(f"{name}  {summary}")
-        settings, keys = [], keys_of(leaf, name)
-        for parameter in entry.parameters:
-            if parameter.default is not None:
-                kind, default = parameter.type, keys[parameter.name].default
-                if kind.startswith("Annotated["):
-                    kind = kind.removeprefix("Annotated[").rpartition(",")[0]
-                nested = isinstance(default, Component)
-                said = f"{default.name} (group {default.group})" if nested else parameter.default
-                settings.append((f"  {parameter.name}", f"{kind} = {said}"))
-        _list(settings)
-    conf = builtin_folder("conf")
-    places = sorted({*conf.glob(f"{leaf}/*.yaml"), *conf.glob(f"*/{leaf}/*.yaml")})
-    if places:
+        _settings(group, name, entry)
+    if places := _presets(group):
         show("presets")
-        _list((path.stem, _first_comment(path)) for path in places)
+        _list((name, _first_comment(path)) for name, path in places.items())
+
+
+def _settings(group: str, name: str, entry: Description) -> None:
+    settings, keys = [], keys_of(group, name)
+    for parameter in entry.parameters:
+        if parameter.default is not None:
+            kind, default = parameter.type, keys[parameter.name].default
+            if kind.startswith("Annotated["):
+                kind = kind.removeprefix("Annotated[").rpartition(",")[0]
+            nested = isinstance(default, Component)
+            said = f"{default.name} (group {default.group})" if nested else parameter.default
+            settings.append((f"  {parameter.name}", f"{kind} = {said}"))
+    _list(settings)
+
+
+def _component_of(path: Path) -> str:
+    """The component that a preset is of: the first of its defaults."""
+    return str(read_yaml(path).get("defaults", [""])[0])
+
+
+def _parameters(comment: str) -> str:
+    """The count that the first line of a model's preset begins with, in three digits."""
+    found = re.search(r"(?:^|exact: )([\d.,]+)(M?)", comment)
+    return "" if found is None else show_count(float(found[1].replace(",", "")) * (1e6 if found[2] else 1))
+
+
+def _models(components: Mapping[str, Description]) -> None:
+    """Which checkpoints load, and the presets of each model."""
+    presets: dict[str, list[str]] = {}
+    for name, path in _presets("model").items():
+        count = _parameters(_first_comment(path))
+        presets.setdefault(_component_of(path), []).append(f"{name} ({count})" if count else name)
+    types = model_types()
+    rows = [*types.items(), *(("", name) for name in sorted(components.keys() - types.values()))]
+    table = Table([Column("model_type", key=True), "model", Column("presets (parameters), or the default", folds=True)])
+    shown: set[str] = set()
+    for model_type, name in rows:
+        default = components[name].doc.partition(" by default")[0] if " by default" in components[name].doc else ""
+        found = presets.get(name, [default])
+        table.add(model_type, name, "" if name in shown else ", ".join(found))
+        shown.add(name)
+    show(
+        "Checkpoints load by the model_type in their config.json:",
+        table,
+        "A GGUF file becomes a checkpoint with plmtune convert FILE.gguf DIR",
+        "model=NAME takes a model or a preset; plmtune ls model NAME shows its settings",
+    )
+
+
+def _one(group: str, name: str, components: Mapping[str, Description]) -> None:
+    """A component, also by a model_type that it loads, or a preset."""
+    presets, types = _presets(group), model_types() if group == "model" else {}
+    if name in presets:
+        show(presets[name].read_text(encoding="utf-8").rstrip())
+        return
+    if name not in components and name not in types:
+        raise UserError(f"Group {group} has no {name}.{did_you_mean(name, {*components, *presets, *types})}")
+    name = name if name in components else types[name]
+    entry = components[name]
+    show(f"{name}  {entry.doc.strip()}", "settings")
+    _settings(group, name, entry)
+    if loads := [model_type for model_type, model in types.items() if model == name]:
+        show("loads checkpoints whose model_type is")
+        _list([("", ", ".join(loads))])
+    if own := {preset: path for preset, path in presets.items() if _component_of(path) == name}:
+        show("presets")
+        _list((preset, _first_comment(path)) for preset, path in own.items())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from plmtune.models.family import Family
@@ -24,6 +26,19 @@ def families() -> tuple[Family, ...]:
 def by_model_type() -> dict[str, Family]:
     """Families by the `model_type` of their config.json."""
     return {model_type: family for family in families() for model_type in family.architectures}
+
+
+@cache
+def model_types() -> dict[str, str]:
+    """`model_type` -> the registered model, from the source of `FILES`: importing them would import torch."""
+    found: dict[str, str] = {}
+    for file in FILES:
+        text = Path(__file__).with_name(f"{file}.py").read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text)):
+            match node:
+                case ast.Call(ast.Name("Family"), [ast.Constant(str(component)), ast.Dict(names), *_]):
+                    found |= {ast.literal_eval(name): component for name in names if name is not None}
+    return found
 
 
 def by_component() -> dict[str, Family]:

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from plmtune.errors import UserError
-from plmtune.models.assemble import LayerType
 from plmtune.models.hf_names import STANDARD, Names
+
+if TYPE_CHECKING:  # `plmtune ls model` imports this file, and no torch
+    from plmtune.models.assemble import LayerType
 
 # Keys of every config.json that do not change what a model computes: of the tokenizer and of generation, of training
 # alone, and of the library that wrote the file.

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from plmtune.config.builtin import builtin_folder
 from plmtune.config.compose import compose
 
 PRESETS = {
@@ -27,3 +28,6 @@ def test_has_the_published_parameters(name: str) -> None:
     with torch.device("meta"):
         model = compose("pretrain", (), [f"model={name}"]).model(vocab_size=rows)
     assert model.num_parameters == parameters
+    path = builtin_folder("conf") / "model" / f"{name}.yaml"
+    if path.exists():  # else it is a component with its defaults
+        assert f", exact: {parameters:,} parameters" in path.read_text(encoding="utf-8").partition("\n")[0]

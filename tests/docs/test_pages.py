@@ -10,7 +10,10 @@ from pathlib import Path
 import documented
 import pytest
 
+from plmtune.config.builtin import builtin_folder
+from plmtune.config.rules import read_yaml
 from plmtune.config.schema import PretrainConfig
+from plmtune.models.families import model_types
 from plmtune.registry import describe_components
 
 PAGES = [*documented.PAGES, documented.ROOT / "benchmarks" / "README.md"]
@@ -45,6 +48,26 @@ def test_the_config_page_names_every_key_of_pretrain() -> None:
         keys = [f"{field.name}.{inner.name}" for inner in fields(value)] if is_dataclass(value) else [field.name]
         if field.name != "runtime":  # described in words
             assert named.issuperset(keys), set(keys) - named
+
+
+def test_the_models_page_names_every_family_and_preset_with_its_parameters() -> None:
+    page = (documented.ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    table = page.partition("## Families\n")[2].partition("\n## ")[0]
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| `")][1:]
+    named = [
+        (model_type, model.strip("`")) for types, model, *_ in rows for model_type in re.findall(r"`(\w+)`", types)
+    ]
+    assert sorted(named) == sorted(model_types().items())
+    shown = {
+        preset: (row[1].strip("`"), count) for row in rows for preset, count in re.findall(r"`(\S+)` \((.*?)\)", row[3])
+    }
+    exact = {}
+    for path in (builtin_folder("conf") / "model").glob("*.yaml"):
+        count = re.match(r"# .*, exact: ([\d,]+) parameters", path.read_text(encoding="utf-8"))
+        model = read_yaml(path)["defaults"][0]
+        if count and model != "plm":  # whose presets have a table of their own
+            exact[path.stem] = model, count[1]
+    assert {preset: row for preset, row in shown.items() if preset != row[0]} == exact
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
