@@ -98,6 +98,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "granite": (
+        "granite",
+        {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 4.0, "attention_multiplier": 0.3},
+    ),
+    "arcee": ("arcee", {"head_dim": 10}),
+    "ernie4_5": ("ernie4_5", {"head_dim": 10}),
+    "starcoder2": ("starcoder2", {"sliding_window": 7}),
+    "stablelm": ("stablelm", {"use_qkv_bias": True, "partial_rotary_factor": 0.5}),
+    "glm": ("glm", {"head_dim": 12}),
     "deepseek_v3": ("deepseek_v3", {**_MLA, "q_lora_rank": 14, "first_k_dense_replace": 2}),
     "deepseek_v3-yarn": (
         "deepseek_v3",

@@ -13,7 +13,10 @@ from plmtune.models.family import Family
 from plmtune.models.hf_names import STANDARD, Names
 
 # The files of this folder that hold a Family; the first that has such a model is written.
-FILES = ("plm", "llama", "qwen2", "qwen3", "smollm3", "mistral", "gemma", "phi3", "minicpm", "deepseek", "gpt2")
+FILES = (
+    "plm", "llama", "qwen2", "qwen3", "smollm3", "mistral", "gemma", "phi3", "minicpm", "granite", "arcee", "ernie4_5",
+    "starcoder2", "stablelm", "glm", "deepseek", "gpt2",
+)  # fmt: skip
 
 
 @cache

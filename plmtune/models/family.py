@@ -140,6 +140,7 @@ def decoder_settings(
     kv_heads: int | None = None,
     positions: int | None = None,
     rope_table: Any = None,
+    share: float = 1,
 ) -> dict[str, Any]:
     """Settings of a model with grouped-query attention and RMSNorm, from the keys that most families share.
 
@@ -147,13 +148,14 @@ def decoder_settings(
         ffn: component of the feed-forward layer.
         tie, eps, theta, head_dim, kv_heads, positions: transformers' defaults of the family.
         rope_table: as `read_rope`'s table.
+        share: as `read_rope`'s.
     """
     if ffn == "swiglu":
         keys.demand("hidden_act", "silu", "swish")
     heads = keys.whole("num_attention_heads")
     if keys.is_null("num_key_value_heads"):  # as many as query heads, whatever the class's default
         kv_heads = heads
-    rope = read_rope(keys, theta, positions=positions, table=rope_table)
+    rope = read_rope(keys, theta, positions=positions, table=rope_table, share=share)
     longest = rope.pop("max_seq_len")
     return {
         "attention": {
@@ -232,13 +234,16 @@ _ROPE = {
 _ROPE_COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "max_position_embeddings", "finetuned")
 
 
-def read_rope(keys: Keys, theta: float, *, positions: int | None = None, table: Any = None) -> dict[str, Any]:
+def read_rope(
+    keys: Keys, theta: float, *, positions: int | None = None, table: Any = None, share: float = 1
+) -> dict[str, Any]:
     """The attention's settings of RoPE, and max_seq_len, from any spelling: of transformers 4 and 5.
 
     Args:
         theta: transformers' default base.
         positions: transformers' default of max_position_embeddings.
         table: of this kind of layer, where kinds have tables of their own.
+        share: transformers' default of partial_rotary_factor.
     """
     longest = keys.whole("max_position_embeddings", positions)
     original = keys.get("original_max_position_embeddings")
@@ -270,7 +275,7 @@ def read_rope(keys: Keys, theta: float, *, positions: int | None = None, table: 
         longest = int(longest * scaling["factor"])
     if kind == "yarn":
         longest = max(longest, int(scaling["original_max_seq_len"] * scaling["factor"]))
-    share = held.get("partial_rotary_factor", keys.get("partial_rotary_factor", 1))
+    share = held.get("partial_rotary_factor", keys.get("partial_rotary_factor", share))
     found = {
         "rope_theta": base,
         "rope_scaling": {"component": "none" if kind == "default" else kind} | scaling,

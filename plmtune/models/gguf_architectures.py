@@ -11,18 +11,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from plmtune.errors import UserError
 from plmtune.models.gguf_keys import Metadata
-from plmtune.models.gguf_layout import TABLE, Layout, kv_heads
-from plmtune.models.gguf_rope import read_scaling, rope_width, write_scaling
+from plmtune.models.gguf_layout import TABLE, Layout
+from plmtune.models.gguf_rope import read_scaling, write_scaling
+from plmtune.models.gguf_settings import (
+    LAYER,
+    PATTERN,
+    RMS,
+    WINDOW,
+    Config,
+    Written,
+    read_biases,
+    read_gqa,
+    read_sizes,
+    write_gqa,
+    write_sizes,
+    write_square_gqa,
+)
 from plmtune.models.hf_names import Names
-
-Config = Mapping[str, Any]
-Written = tuple[dict[str, Any], dict[str, Tensor]]
-_RMS, _LAYER = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
-_WINDOW, _PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
 
 
 @dataclass(frozen=True)
@@ -48,125 +55,34 @@ class Architecture:
     also: tuple[str, ...] = ()
 
 
-def _sizes(keys: Metadata) -> dict[str, Any]:
-    return {
-        "embed_dim": keys.number("embedding_length"),
-        "num_layers": keys.number("block_count"),
-        "num_heads": keys.number("attention.head_count"),
-        "max_seq_len": keys.number("context_length"),
-        "tie_embeddings": "output.weight" not in keys.shapes,
-    }
-
-
-def _write_sizes(config: Config) -> dict[str, Any]:
-    return {
-        "context_length": config["max_seq_len"],
-        "embedding_length": config["embed_dim"],
-        "block_count": config["num_layers"],
-        "feed_forward_length": config["ffn"]["hidden_dim"],
-        "vocab_size": config["vocab_size"],
-        "attention.head_count": config["num_heads"],
-    }
-
-
-def _read_gqa(
-    keys: Metadata,
-    *,
-    ffn: str = "swiglu",
-    partial: bool = False,
-    unit_offset: bool = False,
-    freqs: bool = False,
-    factors: bool = False,
-) -> dict[str, Any]:
-    """Settings of a model with grouped-query attention.
-
-    Args:
-        partial: RoPE may turn a part of each head.
-        freqs, factors: as for `write_scaling`.
-    """
-    sizes = _sizes(keys)
-    heads = sizes["num_heads"]
-    head_dim = keys.number("attention.key_length", max(1, sizes["embed_dim"] // heads))
-    turned = keys.number("rope.dimension_count", head_dim)
-    if keys.number("attention.value_length", head_dim) != head_dim or (turned != head_dim and not partial):
-        raise UserError(
-            f"{keys.path}: keys, values and RoPE of different widths are not supported in a {keys.architecture} model."
-        )
-    theta = keys.decimal("rope.freq_base", 10000.0)
-    attention = {
-        "component": "gqa",
-        "num_kv_heads": keys.number("attention.head_count_kv", heads),
-        "head_dim": head_dim,
-        "rope_theta": theta,
-        "rope_interleaved": False,
-        "rope_scaling": read_scaling(keys, turned, theta, sizes["max_seq_len"], freqs=freqs, factors=factors),
-    }
-    if turned != head_dim:
-        attention["rope_dim"] = turned
-    norm = {"component": "rms_norm", "eps": keys.decimal(_RMS, 1e-5)}
-    return sizes | {
-        "attention": attention,
-        "ffn": {"component": ffn, "hidden_dim": keys.number("feed_forward_length")},
-        "norm": norm | ({"unit_offset": True} if unit_offset else {}),
-    }
-
-
-def _write_gqa(config: Config, *, freqs: bool = False, factors: bool = False, windows: bool = False) -> Written:
-    """The keys of a model with grouped-query attention.
-
-    Args:
-        freqs, factors: as for `write_scaling`.
-        windows: the architecture has sliding windows.
-    """
-    attention, longest = config["attention"], config["max_seq_len"]
-    head_dim = attention["head_dim"] or config["embed_dim"] // config["num_heads"]
-    window = attention.get("window")
-    if not windows and window is not None and window < longest and "local" in config.get("layers", ["local"]):
-        raise UserError(
-            f"llama.cpp ignores the sliding window ({window}) of the model {config['component']}, whose max_seq_len "
-            f"is {longest}. Set max_seq_len (max_position_embeddings in config.json) to {window} at most."
-        )
-    scaling, more = write_scaling(config, freqs=freqs, factors=factors)
-    keys = _write_sizes(config) | {
-        "attention.head_count_kv": kv_heads(config),
-        _RMS: float(config["norm"]["eps"]),
-        "rope.freq_base": float(attention["rope_theta"]),
-        "attention.key_length": head_dim,
-        "attention.value_length": head_dim,
-        "rope.dimension_count": rope_width(config),
-    }
-    return keys | scaling, more
-
-
 def _write_llama(config: Config) -> Written:
-    return _write_gqa(config, freqs=True)
+    return write_gqa(config, freqs=True)
 
 
 def _read_llama(keys: Metadata) -> dict[str, Any]:
-    settings = _read_gqa(keys, freqs=True)
-    bias, output = (f"blk.0.{name}.bias" in keys.shapes for name in ("attn_q", "attn_output"))
-    settings["attention"] |= {"bias": bias} | ({"output_bias": output} if output != bias else {})
+    settings = read_gqa(keys, freqs=True)
+    settings["attention"] |= read_biases(keys)
     return settings
 
 
 def _read_qwen2(keys: Metadata) -> dict[str, Any]:
-    settings = _read_gqa(keys)
+    settings = read_gqa(keys)
     settings["attention"] |= {"bias": True, "output_bias": False}
     return settings
 
 
 def _read_qwen3(keys: Metadata) -> dict[str, Any]:
-    settings = _read_gqa(keys)
+    settings = read_gqa(keys)
     settings["attention"]["qk_norm"] = True
     return settings
 
 
 def _read_smollm3(keys: Metadata) -> dict[str, Any]:
-    return _read_gqa(keys) | {"layers": ["global", "global", "global", "nope"]}  # llama.cpp knows no other
+    return read_gqa(keys) | {"layers": ["global", "global", "global", "nope"]}  # llama.cpp knows no other
 
 
 def _read_plm(keys: Metadata) -> dict[str, Any]:
-    sizes = _sizes(keys)
+    sizes = read_sizes(keys)
     key_length, turned = keys.number("attention.key_length"), keys.number("rope.dimension_count")
     heads = keys.number("attention.head_count_kv", sizes["num_heads"])
     if heads != sizes["num_heads"]:
@@ -183,7 +99,7 @@ def _read_plm(keys: Metadata) -> dict[str, Any]:
             "rope_theta": keys.decimal("rope.freq_base", 10000.0),
         },
         "ffn": {"component": "squared_relu", "hidden_dim": keys.number("feed_forward_length")},
-        "norm": {"component": "rms_norm", "eps": keys.decimal(_RMS, 1e-5)},
+        "norm": {"component": "rms_norm", "eps": keys.decimal(RMS, 1e-5)},
     }
 
 
@@ -194,9 +110,9 @@ def _write_plm(config: Config) -> Written:
             "Use --to hf --as deepseek."
         )
     attention = config["attention"]
-    return _write_sizes(config) | {
+    return write_sizes(config) | {
         "attention.head_count_kv": config["num_heads"],
-        _RMS: float(config["norm"]["eps"]),
+        RMS: float(config["norm"]["eps"]),
         "rope.freq_base": float(attention["rope_theta"]),
         "attention.kv_lora_rank": attention["kv_lora_rank"],
         "attention.key_length": attention["qk_nope_head_dim"] + attention["qk_rope_head_dim"],
@@ -206,53 +122,53 @@ def _write_plm(config: Config) -> Written:
 
 
 def _read_gemma(keys: Metadata) -> dict[str, Any]:
-    settings = _read_gqa(keys, ffn="geglu", unit_offset=True)
+    settings = read_gqa(keys, ffn="geglu", unit_offset=True)
     attention, second = settings["attention"], keys.architecture == "gemma2"
-    attention |= {"window": keys.number(_WINDOW), "scale": attention["head_dim"] ** -0.5}
+    attention |= {"window": keys.number(WINDOW), "scale": attention["head_dim"] ** -0.5}
     if second:
         attention["soft_cap"] = keys.decimal("attn_logit_softcapping", 50.0)
     else:
         attention["qk_norm"] = True
         settings["local_rope_theta"] = keys.decimal("rope.freq_base_swa", 10000.0)
-    period = keys.number(_PATTERN, 2 if second else 6)
+    period = keys.number(PATTERN, 2 if second else 6)
     cap = keys.decimal("final_logit_softcapping", 30.0) if second else None
     return settings | {"layers": ["local"] * (period - 1) + ["global"], "logit_soft_cap": cap}
 
 
 def _write_gemma2(config: Config) -> Written:
-    keys, tensors = _write_gqa(config, windows=True)
+    keys, tensors = write_gqa(config, windows=True)
     caps = {
         "attn_logit_softcapping": config["attention"]["soft_cap"],
         "final_logit_softcapping": config.get("logit_soft_cap"),
     }
     keys |= {name: float(value) for name, value in caps.items() if value is not None}
-    return keys | {_WINDOW: config["attention"]["window"]}, tensors
+    return keys | {WINDOW: config["attention"]["window"]}, tensors
 
 
 def _write_gemma3(config: Config) -> Written:
-    keys, tensors = _write_gqa(config, windows=True)
+    keys, tensors = write_gqa(config, windows=True)
     layers = list(config.get("layers", ["local"]))
     period = layers.index("global") + 1 if "global" in layers else len(layers)
     local = config.get("local_rope_theta") or config["attention"]["rope_theta"]
     return keys | {
-        _WINDOW: config["attention"]["window"], _PATTERN: period, "rope.freq_base_swa": float(local)
+        WINDOW: config["attention"]["window"], PATTERN: period, "rope.freq_base_swa": float(local)
     }, tensors  # fmt: skip
 
 
 def _read_phi3(keys: Metadata) -> dict[str, Any]:
-    settings = _read_gqa(keys, partial=True, factors=True)
-    window = keys.get(_WINDOW, 0)  # which llama.cpp ignores
+    settings = read_gqa(keys, partial=True, factors=True)
+    window = keys.get(WINDOW, 0)  # which llama.cpp ignores
     if window and window < settings["max_seq_len"]:
-        raise keys.refuse(_WINDOW)
+        raise keys.refuse(WINDOW)
     return settings
 
 
 def _write_phi3(config: Config) -> Written:
-    return _write_gqa(config, factors=True)
+    return write_gqa(config, factors=True)
 
 
 def _read_minicpm(keys: Metadata) -> dict[str, Any]:
-    settings = _read_gqa(keys, freqs=True)
+    settings = read_gqa(keys, freqs=True)
     base = settings["embed_dim"] / keys.decimal("logit_scale")
     depth = keys.decimal("residual_scale") * settings["num_layers"] ** 0.5
     return settings | {
@@ -263,7 +179,7 @@ def _read_minicpm(keys: Metadata) -> dict[str, Any]:
 
 
 def _write_minicpm(config: Config) -> Written:
-    keys, tensors = _write_gqa(config, freqs=True)
+    keys, tensors = write_gqa(config, freqs=True)
     return keys | {
         "embedding_scale": float(config["embed_scale"]),
         "residual_scale": config["depth_scale"] / config["num_layers"] ** 0.5,
@@ -271,21 +187,78 @@ def _write_minicpm(config: Config) -> Written:
     }, tensors
 
 
+def _read_granite(keys: Metadata) -> dict[str, Any]:
+    settings = _read_llama(keys)
+    if scale := keys.decimal("attention.scale", 0.0):
+        settings["attention"]["scale"] = scale
+    return settings | {
+        "embed_scale": keys.decimal("embedding_scale", 1.0),
+        "residual_scale": keys.decimal("residual_scale", 1.0),
+        "logit_divisor": keys.decimal("logit_scale"),
+    }
+
+
+def _write_granite(config: Config) -> Written:
+    keys, tensors = write_gqa(config, freqs=True)
+    scale = config["attention"]["scale"]
+    return keys | {
+        "embedding_scale": float(config["embed_scale"]),
+        "residual_scale": float(config["residual_scale"]),
+        "logit_scale": float(config["logit_divisor"]),
+    } | ({} if scale is None else {"attention.scale": float(scale)}), tensors
+
+
+def _read_arcee(keys: Metadata) -> dict[str, Any]:
+    return read_gqa(keys, ffn="squared_relu", freqs=True)
+
+
+def _read_ernie(keys: Metadata) -> dict[str, Any]:
+    settings = read_gqa(keys)
+    settings["attention"]["rope_interleaved"] = True
+    return settings
+
+
+def _read_glm(keys: Metadata) -> dict[str, Any]:
+    settings = read_gqa(keys, partial=True)
+    settings["attention"] |= {"rope_interleaved": True} | read_biases(keys)
+    return settings
+
+
+def _read_starcoder2(keys: Metadata) -> dict[str, Any]:
+    settings = read_gqa(keys, ffn="gelu", norm="layer_norm")
+    settings["attention"] |= read_biases(keys)
+    settings["ffn"]["bias"] = "blk.0.ffn_up.bias" in keys.shapes
+    return settings
+
+
+def _read_stablelm(keys: Metadata) -> dict[str, Any]:
+    if keys.get("use_parallel_residual", False):
+        raise keys.refuse("use_parallel_residual")
+    settings = read_gqa(keys, norm="layer_norm", partial=True)
+    settings["attention"] |= read_biases(keys)
+    return settings
+
+
+def _write_stablelm(config: Config) -> Written:
+    keys, tensors = write_square_gqa(config)
+    return keys | {"use_parallel_residual": False}, tensors
+
+
 def _read_gpt2(keys: Metadata) -> dict[str, Any]:
-    sizes = _sizes(keys)
+    sizes = read_sizes(keys)
     return sizes | {
         "attention": {"component": "gqa", "num_kv_heads": sizes["num_heads"], "rope": False, "bias": True},
         "ffn": {"component": "gelu", "hidden_dim": keys.number("feed_forward_length")},
-        "norm": {"component": "layer_norm", "eps": keys.decimal(_LAYER)},
+        "norm": {"component": "layer_norm", "eps": keys.decimal(LAYER)},
     }
 
 
 def _write_gpt2(config: Config) -> Written:
-    return _write_sizes(config) | {_LAYER: float(config["norm"]["eps"])}, {}
+    return write_sizes(config) | {LAYER: float(config["norm"]["eps"])}, {}
 
 
 def _read_deepseek2(keys: Metadata) -> dict[str, Any]:
-    sizes = _sizes(keys)
+    sizes = read_sizes(keys)
     if keys.number("leading_dense_block_count") < sizes["num_layers"]:
         raise keys.refuse("leading_dense_block_count")
     if keys.get("attention.head_count_kv", 1) != 1:
@@ -299,7 +272,7 @@ def _read_deepseek2(keys: Metadata) -> dict[str, Any]:
     if widths != (rank + turned, rank):
         raise keys.refuse("attention.key_length")
     keys.get("expert_feed_forward_length")  # of layers with experts, which there are none of
-    theta, eps = keys.decimal("rope.freq_base", 10000.0), keys.decimal(_RMS)
+    theta, eps = keys.decimal("rope.freq_base", 10000.0), keys.decimal(RMS)
     return sizes | {
         "attention": {
             "component": "mla",
@@ -324,9 +297,9 @@ def _write_deepseek2(config: Config) -> Written:
     scaling, _ = write_scaling(config)
     if scaling.get("rope.scaling.type") == "yarn":
         raise UserError("The export to GGUF does not write attention.rope_scaling=yarn of a model with mla.")
-    return _write_sizes(config) | {
+    return write_sizes(config) | {
         "attention.head_count_kv": 1,
-        _RMS: float(config["norm"]["eps"]),
+        RMS: float(config["norm"]["eps"]),
         "rope.freq_base": float(attention["rope_theta"]),
         "leading_dense_block_count": config["num_layers"],
         "expert_feed_forward_length": config["ffn"]["hidden_dim"],
@@ -350,6 +323,7 @@ _LATENT = TABLE | {
     "attention.q_a_proj": "attn_q_a", "attention.q_a_norm": "attn_q_a_norm", "attention.q_b_proj": "attn_q_b"
 }  # fmt: skip
 _QKV = {"attn_qkv": ("attention.q_proj", "attention.k_proj", "attention.v_proj")}
+_GATE_UP: dict[str, tuple[str, ...]] = {"ffn_up": ("ffn.gate_proj", "ffn.up_proj")}
 
 
 def _layout(table: Mapping[str, str] = TABLE, fused: Mapping[str, tuple[str, ...]] | None = None, **how: Any) -> Layout:
@@ -359,16 +333,23 @@ def _layout(table: Mapping[str, str] = TABLE, fused: Mapping[str, tuple[str, ...
 ARCHITECTURES = (
     Architecture("plm", "plm", (("mla",), "squared_relu", "rms_norm"), _read_plm, _write_plm),
     Architecture("llama", "llama", _LLAMA, _read_llama, _write_llama, _layout(permuted=True), also=("mistral",)),
-    Architecture("qwen2", "qwen2", _LLAMA, _read_qwen2, _write_gqa),
-    Architecture("qwen3", "qwen3", _LLAMA, _read_qwen3, _write_gqa, _layout(_HEADS)),
-    Architecture("smollm3", "smollm3", _LLAMA, _read_smollm3, _write_gqa, _layout(permuted=True)),
+    Architecture("qwen2", "qwen2", _LLAMA, _read_qwen2, write_gqa),
+    Architecture("qwen3", "qwen3", _LLAMA, _read_qwen3, write_gqa, _layout(_HEADS)),
+    Architecture("smollm3", "smollm3", _LLAMA, _read_smollm3, write_gqa, _layout(permuted=True)),
     Architecture("gemma2", "gemma2", _GEMMA, _read_gemma, _write_gemma2, _layout(_POST, unit_offset=True)),
     Architecture("gemma3", "gemma3", _GEMMA, _read_gemma, _write_gemma3, _layout(_POST | _HEADS, unit_offset=True)),
     Architecture(
-        "phi3", "phi3", _LLAMA, _read_phi3, _write_phi3,
-        _layout(fused=_QKV | {"ffn_up": ("ffn.gate_proj", "ffn.up_proj")}),
+        "phi3", "phi3", _LLAMA, _read_phi3, _write_phi3, _layout(fused=_GATE_UP | _QKV)
     ),
     Architecture("minicpm", "minicpm", _LLAMA, _read_minicpm, _write_minicpm, _layout(permuted=True)),
+    Architecture("granite", "granite", _LLAMA, _read_granite, _write_granite, _layout(permuted=True)),
+    Architecture(
+        "arcee", "arcee", (_GQA, "squared_relu", "rms_norm"), _read_arcee, _write_llama, _layout(permuted=True)
+    ),
+    Architecture("ernie4_5", "ernie4_5", _LLAMA, _read_ernie, write_gqa),
+    Architecture("chatglm", "glm", _LLAMA, _read_glm, write_square_gqa, _layout(fused=_GATE_UP)),
+    Architecture("starcoder2", "starcoder2", (_GQA, "gelu", "layer_norm"), _read_starcoder2, write_square_gqa),
+    Architecture("stablelm", "stablelm", (_GQA, "swiglu", "layer_norm"), _read_stablelm, _write_stablelm),
     Architecture(
         "deepseek2", "deepseek", (("mla",), "swiglu", "rms_norm"), _read_deepseek2, _write_deepseek2,
         _layout(_LATENT, split_latent=True),

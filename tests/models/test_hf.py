@@ -98,9 +98,14 @@ class TestConfigFile:
         assert {key: config[key] for key in expected} == expected
 
     def test_claims_no_architecture_that_it_is_not(self) -> None:
-        assert to_hf(small(GQA))[1]["model_type"] == "plmtune"
+        assert to_hf(small(GQA, "geglu"))[1]["model_type"] == "plmtune"
+        capped = component("attention", "gqa", num_kv_heads=2, soft_cap=30.0)
+        assert to_hf(small(capped, "swiglu"))[1]["model_type"] == "plmtune"
+
+    def test_claims_the_family_that_has_its_parts(self) -> None:
+        assert to_hf(small(GQA))[1]["model_type"] == "arcee"  # squared ReLU
         interleaved = component("attention", "gqa", num_kv_heads=2, rope_interleaved=True)
-        assert to_hf(small(interleaved, "swiglu"))[1]["model_type"] == "plmtune"
+        assert to_hf(small(interleaved, "swiglu"))[1]["model_type"] == "ernie4_5"
 
 
 class TestRoundTrip:
