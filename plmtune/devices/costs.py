@@ -15,7 +15,7 @@ from plmtune.errors import UserError, did_you_mean
 from plmtune.export.lint import QUANTIZED, WRITTEN, stored_bytes, stored_type
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, Quantized
-from plmtune.quantization.schemes import EMBEDDING, HEAD, POSITIONS, shapes
+from plmtune.quantization.schemes import EMBEDDING, HEAD, POSITIONS, VALUES, shapes
 from plmtune.registry import Component, describe_components
 
 RUNTIMES = ("plmtune", "llama.cpp")
@@ -150,9 +150,9 @@ class ModelShape:
 
     @property
     def multiplied(self) -> tuple[Matrix, ...]:
-        """The matrices that a token is multiplied with: positions and an untied embedding are only looked up."""
+        """The matrices that a token is multiplied with; others are only looked up."""
         looked_up = (POSITIONS,) if self.model.tied else (POSITIONS, EMBEDDING)
-        return tuple(m for m in self.matrices if m.name not in looked_up)
+        return tuple(m for m in self.matrices if m.name not in looked_up and not m.name.startswith(VALUES))
 
 
 def _attention(module: Any) -> Attention:

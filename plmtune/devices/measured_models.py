@@ -26,6 +26,7 @@ from plmtune.models.gguf_file import opened_gguf
 from plmtune.modules.attributes import with_attributes
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Quantized
+from plmtune.quantization.schemes import EMBEDDING, POSITIONS, VALUES
 
 Sparse = Literal["auto", "on", "off"]
 SAMPLE = 256  # tokens of text that are read without a prompt, and repeated to fill the cache
@@ -108,7 +109,7 @@ class PyTorchModel(MeasuredModel):
         total = 0
         model = self.opened.model
         for name, module in model.named_modules():
-            if name == "tok_embeddings" and not model.tied:
+            if (name == EMBEDDING and not model.tied) or name == POSITIONS or name.startswith(VALUES):
                 continue  # one row of it is looked up
             if isinstance(module, Quantized):
                 held = module.dense

@@ -139,7 +139,9 @@ def _put(held: Component, path: Sequence[str], value: Any) -> Component:
 
 def _shape_of(seen: dict[str, ModelShape | Exception], model: Component, rows: int) -> ModelShape:
     """The shape of a model with equal layers, from one layer, which is built once: depth costs nothing to sweep."""
-    layers = model.settings.get("num_layers")
+    attention = model.settings.get("attention")
+    of_some_layers = isinstance(attention, Component) and attention.settings.get("value_embed")
+    layers = None if of_some_layers else model.settings.get("num_layers")
     one = model if layers is None else replace(model, settings=model.settings | {"num_layers": min(layers, 1)})
     key = repr(one)
     if key not in seen:

@@ -8,6 +8,8 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from torch import nn
+
 from plmtune.errors import UserError, did_you_mean
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import Component, keys_of
@@ -39,12 +41,21 @@ def assemble(
     attention, ffn, norm = settings["attention"], settings["ffn"], settings["norm"]
     pattern = [_of_type(attention, kind, local_rope_theta) for kind in layers] if layers else [attention]
     sizes = {key: settings[key] for key in ("embed_dim", "num_heads", "max_seq_len")}
+
+    def attention_of(index: int) -> nn.Module:
+        part = pattern[index % len(pattern)]
+        every = part.settings.get("value_embed")
+        if every and (settings["num_layers"] - 1 - index) % every:
+            part = Component(part.group, part.name, part.settings | {"value_embed": None})
+        made: nn.Module = part(**sizes, norm=lambda dim: norm(dim=dim))
+        return made
+
     model = Decoder(
         vocab_size=settings["vocab_size"],
         embed_dim=settings["embed_dim"],
         num_layers=settings["num_layers"],
         max_seq_len=settings["max_seq_len"],
-        attention=lambda index: pattern[index % len(pattern)](**sizes, norm=lambda dim: norm(dim=dim)),
+        attention=attention_of,
         ffn=lambda: ffn(embed_dim=settings["embed_dim"]),
         norm=lambda dim: norm(dim=dim),
         tie_embeddings=settings["tie_embeddings"],

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 _NAMES = {
     "tok_embeddings": "model.embed_tokens",
+    "value_embeddings": "model.value_embeddings",
     "norm": "model.norm",
     "output": "lm_head",
     "attention_norm": "input_layernorm",

@@ -62,8 +62,9 @@ class DecoderLayer(nn.Module):
         mask: Tensor | Segments | None = None,
         input_pos: Tensor | None = None,
         cache: LayerCache | None = None,
+        **of_tokens: Tensor,
     ) -> Tensor:
-        attended = self.attention(self.attention_norm(x), mask=mask, input_pos=input_pos, cache=cache)
+        attended = self.attention(self.attention_norm(x), mask=mask, input_pos=input_pos, cache=cache, **of_tokens)
         x = self._add(x, attended, self.post_attention_norm)
         return self._add(x, self.ffn(self.ffn_norm(x)), self.post_ffn_norm)
 
@@ -94,6 +95,7 @@ class Decoder(nn.Module):
         logit_soft_cap: logits become logit_soft_cap tanh(logit / logit_soft_cap) (Gemma 2).
 
     Attributes:
+        value_embeddings: of the layers whose attention has a `value_embed_width`, by their number; or None.
         activation_checkpointing: in training keep only each layer's input and compute the rest again.
         config: the component and settings it was built from, as `plmtune.models` fills in; saved with it.
         source_keys: config.json of the checkpoint that it was read from, empty for another model.
@@ -162,6 +164,18 @@ class Decoder(nn.Module):
             )
             for index in range(num_layers)
         )
+        widths = {
+            str(i): getattr(cast(Any, layer).attention, "value_embed_width", 0) for i, layer in enumerate(self.layers)
+        }
+        self.value_embeddings = None
+        if any(widths.values()):
+            self.value_embeddings = nn.ModuleDict(
+                {
+                    index: nn.Embedding(vocab_size, width, _weight=torch.empty(vocab_size, width))
+                    for index, width in widths.items()
+                    if width
+                }
+            )
         self.norm = norm(embed_dim)
         if not tie_embeddings:
             self.output = nn.Linear(embed_dim, vocab_size, bias=False)
@@ -341,24 +355,47 @@ class Decoder(nn.Module):
             found: Tensor | None = self.native.step(self, tokens, cache)
             if found is not None:
                 return found if hidden else self.logits(found)
+        x = self.embed(tokens, input_pos, start=t - s)
+        for index, layer in enumerate(self.layers):
+            of_tokens = self.of_tokens(index, tokens)
+            if self.activation_checkpointing and self.training and cache is None:
+                x = checkpoint(layer, x, mask=mask, input_pos=input_pos, use_reentrant=False, **of_tokens)
+            else:
+                kept = cache.layer(index) if cache is not None else None
+                x = layer(x, mask=mask, input_pos=input_pos, cache=kept, **of_tokens)
+        if cache is not None:
+            cache.advance(s)
+        x = self.finish(x)
+        return x if hidden else self.logits(x)
+
+    def embed(self, tokens: Tensor, input_pos: Tensor | None = None, *, start: int = 0) -> Tensor:
+        """The first layer's input, [b, s, d], of tokens (Tensor), [b, s].
+
+        Args:
+            input_pos (Tensor | None): their positions, [b, s]; None: from `start` on.
+        """
         x = self.tok_embeddings(tokens)
         if self.pos_embeddings is not None:
-            at = torch.arange(t - s, t, device=tokens.device) if input_pos is None else input_pos
+            at = torch.arange(start, start + tokens.shape[1], device=tokens.device) if input_pos is None else input_pos
             x = x + self.pos_embeddings(at)
         if self.embed_scale != 1:
             x = x * torch.tensor(self.embed_scale, dtype=x.dtype).item()  # rounded first, as in transformers
-        if autocast_active(x.device):
-            # Embedding is not on autocast's list: without this the whole residual stream would be fp32.
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        for index, layer in enumerate(self.layers):
-            if self.activation_checkpointing and self.training and cache is None:
-                x = checkpoint(layer, x, mask=mask, input_pos=input_pos, use_reentrant=False)
-            else:
-                kept = cache.layer(index) if cache is not None else None
-                x = layer(x, mask=mask, input_pos=input_pos, cache=kept)
-        if cache is not None:
-            cache.advance(s)
+        return _as_computed(x)
+
+    def of_tokens(self, index: int, tokens: Tensor) -> dict[str, Any]:
+        """What a layer gets of the tokens, [b, s], besides hidden states, as keywords: value, its value embeddings."""
+        if self.value_embeddings is None or str(index) not in self.value_embeddings:
+            return {}
+        return {"value": _as_computed(self.value_embeddings[str(index)](tokens))}
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The normed hidden states, [b, s, d], of the last layer's output (Tensor), [b, s, d]."""
         x = self.norm(x)
-        if self.logit_scale != 1:
-            x = x * self.logit_scale
-        return x if hidden else self.logits(x)
+        return x if self.logit_scale == 1 else x * self.logit_scale
+
+
+def _as_computed(embedded: Tensor) -> Tensor:
+    """What an embedding gives, in autocast's dtype where that is on: without this all that follows would be fp32."""
+    if autocast_active(embedded.device):  # embedding is not on its list
+        return embedded.to(torch.get_autocast_dtype(embedded.device.type))
+    return embedded

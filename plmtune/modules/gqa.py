@@ -16,6 +16,8 @@ from plmtune.modules.segments import Segments
 from plmtune.ranges import WIDTH, Range, check
 from plmtune.registry import Component, component, register
 
+_GATE_WIDTH = 32  # numbers of a hidden state that the gate of value embeddings reads
+
 
 def default_kv_heads(num_heads: int) -> int:
     """A quarter of `num_heads` where that divides, else a half, a third, or all."""
@@ -45,6 +47,13 @@ class GroupedQueryAttention(nn.Module):
         window: tokens that a query sees, itself included (sliding window, arXiv 2310.06825); None: all.
         soft_cap: scores become soft_cap tanh(score / soft_cap) (Gemma 2, arXiv 2408.00118).
         scale: of the scores; None: head_dim^-1/2.
+        value_embed: add a learned vector of the token to the values: v = W_v x + 2 sigmoid(G x[:32]) e(token), a gate a
+            KV head, after nanochat (`value_embeds`; modded-nanogpt's gate has this range). In a model the last layer
+            and each value_embed-th one before it have it (2: alternate layers); None: none. The decoder holds the
+            tables e.
+
+    Attributes:
+        value_embed_width: numbers of a token's e; 0: the layer has none.
 
     Raises:
         ValueError: if heads do not divide, or a width below 1 or odd.
@@ -70,9 +79,11 @@ class GroupedQueryAttention(nn.Module):
         window: int | None = None,
         soft_cap: float | None = None,
         scale: float | None = None,
+        value_embed: int | None = None,
     ) -> None:
         super().__init__()
         check(WIDTH, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, window=window)
+        check(WIDTH, value_embed=value_embed)
         check(Range(above=0, most=1e6), soft_cap=soft_cap, scale=scale)
         if num_kv_heads is None:
             num_kv_heads = default_kv_heads(num_heads)
@@ -96,6 +107,11 @@ class GroupedQueryAttention(nn.Module):
         self.o_proj = Linear(num_heads * head_dim, embed_dim, bias=bias if output_bias is None else output_bias)
         self.q_norm = norm(head_dim) if qk_norm else None
         self.k_norm = norm(head_dim) if qk_norm else None
+        self.value_embed_width = 0 if value_embed is None else num_kv_heads * head_dim
+        self.value_gate: nn.Parameter | None = None
+        if value_embed is not None:
+            # No layer of its own: too small for adapters and integers.
+            self.value_gate = nn.Parameter(torch.empty(num_kv_heads, min(_GATE_WIDTH, embed_dim)))
         self.rope: RotaryEmbedding | None = None
         if rope:
             self.rope = RotaryEmbedding(
@@ -117,13 +133,22 @@ class GroupedQueryAttention(nn.Module):
         mask: Tensor | Segments | None = None,
         input_pos: Tensor | None = None,
         cache: LayerCache | None = None,
+        value: Tensor | None = None,
     ) -> Tensor:
-        """Attend from x (Tensor), hidden states, [b, s, d]; the other arguments are `Decoder.forward`'s."""
+        """Attend from x (Tensor), hidden states, [b, s, d]; mask, input_pos and cache are `Decoder.forward`'s.
+
+        Args:
+            value (Tensor | None): the tokens' value embeddings, [b, s, value_embed_width], where the layer has them.
+        """
         b, s, _ = x.shape
         start = cache.start if cache else 0
         q, k, v = (proj(x).view(b, s, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.value_gate is not None:
+            assert value is not None, "the decoder passes them"
+            gate = 2 * torch.sigmoid(F.linear(x[..., : self.value_gate.shape[1]], self.value_gate))  # [b, s, h / g]
+            v = v + gate[..., None] * value.view(b, s, -1, self.head_dim)
         q, k = (self._turn(part, input_pos, start).transpose(1, 2) for part in (q, k))
         v = v.transpose(1, 2)
         window = self.window

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from plmtune.modules.decoder import Decoder
-from plmtune.quantization.schemes import EMBEDDING, HEAD
+from plmtune.quantization.schemes import EMBEDDING, HEAD, VALUES
 
 
 @contextmanager
@@ -19,7 +19,7 @@ def inputs_seen(model: Decoder, names: Iterable[str], see: Callable[[str, Tensor
     """Inside the context, call see(name, inputs [n, in]) for each product of the named modules.
 
     The inputs of the head are the model's normed hidden states, so that no logits need be computed. An embedding that
-    is not tied has no product.
+    is not tied has no product, nor have value embeddings.
     """
     head = EMBEDDING if model.tied else HEAD
 
@@ -33,7 +33,7 @@ def inputs_seen(model: Decoder, names: Iterable[str], see: Callable[[str, Tensor
         for name in names:
             if name == head:
                 stack.callback(model.norm.register_forward_hook(partial(after, name)).remove)
-            elif name != EMBEDDING:
+            elif name != EMBEDDING and not name.startswith(VALUES):
                 module = model.get_submodule(name)
                 stack.callback(module.register_forward_pre_hook(partial(before, name)).remove)
         yield
@@ -46,7 +46,7 @@ def second_moments(model: Decoder, batches: Iterable[Tensor], names: Iterable[st
     Args:
         model: unquantized.
         batches: token ids, [b, s], of text like that of the model's use; some tens of thousands of tokens suffice.
-        names: of modules; an embedding that is not tied has no inputs and is left out.
+        names: of modules; an embedding that is not tied and value embeddings have no inputs and are left out.
     """
     sums: dict[str, Tensor] = {}
     tokens = 0

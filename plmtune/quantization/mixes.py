@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from plmtune.quantization.schemes import KEEP
-from plmtune.quantization.sensitivity import Sensitivities, layer_of
+from plmtune.quantization.sensitivity import Sensitivities
 
 # Nats a token that are not worth a byte: a mix that loses no more in all is final, whatever is left of the budget.
 NEGLIGIBLE = 1e-4
@@ -121,8 +122,7 @@ def mixes(options: Mapping[str, list[Option]], budget: float = math.inf) -> Iter
 
 def kind_of(name: str) -> str:
     """A pattern for the same module of every layer: ``layers.3.ffn.up_proj`` -> ``layers.*.ffn.up_proj``."""
-    layer = layer_of(name)
-    return name if layer is None else name.replace(f"layers.{layer}.", "layers.*.", 1)
+    return re.sub(r"^(\w+)\.\d+(?=\.|$)", r"\1.*", name)
 
 
 def _as_rules(wanted: Mapping[str, str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ norms and a reward model's score head are never quantized. Rules are patterns (f
 Arguments of the schemes:
     model: with these layers.
     group_size: neighbours in a row that share a scale (and a zero).
-    embedding: format of the embedding and of the head, or keep.
+    embedding: format of the embedding, of value embeddings and of the head, or keep.
     rules: pattern of module names -> format or keep; later ones win.
     qat: fake-quantize weights (and inputs) with this scheme during fine-tuning.
 
@@ -28,6 +28,7 @@ from plmtune.registry import register
 
 KEEP = "keep"
 EMBEDDING, HEAD = "tok_embeddings", "output"
+VALUES = "value_embeddings."  # of layers: tables as the embedding is
 POSITIONS = "pos_embeddings"  # never quantized, as in llama.cpp: there are few, and each is added to a hidden state
 
 
@@ -129,7 +130,7 @@ def candidates(model: nn.Module) -> dict[str, tuple[int, int]]:
 def _choose(model: nn.Module, linear: Format | None, embedding: str, rules: Mapping[str, str]) -> dict[str, Format]:
     sizes = candidates(model)
     rows = _parse("embedding", embedding)
-    chosen = {name: rows if name in (EMBEDDING, HEAD) else linear for name in sizes}
+    chosen = {name: rows if name in (EMBEDDING, HEAD) or name.startswith(VALUES) else linear for name in sizes}
     for pattern, format_name in rules.items():
         format = _parse(f"rules, {pattern!r:.80}", format_name)
         matched = [name for name in sizes if fnmatchcase(name, pattern)]

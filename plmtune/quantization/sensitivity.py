@@ -26,7 +26,7 @@ from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, Quantized
 from plmtune.quantization.calibrate import inputs_seen
 from plmtune.quantization.quantize import quantize_module
-from plmtune.quantization.schemes import EMBEDDING, HEAD, candidates
+from plmtune.quantization.schemes import EMBEDDING, HEAD, VALUES, candidates
 
 _VERSION = 1  # of the file and of its key
 _CHUNK = 512  # tokens whose logits are held at once
@@ -115,7 +115,7 @@ def measure(
     unchanged = _Unchanged(model, rows)
     others = [name for name in shapes if name not in formats]
     found = Sensitivities(loss=unchanged.loss, tokens=unchanged.tokens, others=others)
-    start = x = model.tok_embeddings(rows)  # inputs of `layer`
+    start = x = model.embed(rows)  # inputs of `layer`
     layer = 0
     for name in progress(sorted(formats, key=lambda name: (layer_of(name) is not None, layer_of(name) or 0))):
         if name in kept:
@@ -125,14 +125,14 @@ def measure(
         seen: list[Tensor] = []
         if number is not None:
             while layer < number:
-                x, layer = model.layers[layer](x), layer + 1
+                x, layer = model.layers[layer](x, **model.of_tokens(layer, rows)), layer + 1
             with inputs_seen(model, [name], lambda _, inputs, seen=seen: seen.append(inputs)):  # type: ignore[misc]
-                model.layers[number](x)
+                model.layers[number](x, **model.of_tokens(number, rows))
         moments = second_moments.get(name) if second_moments else None
         with _quantized_alone(model, name, format, moments) as (original, changed):
             first, hidden = (number, x) if number is not None else (0, start)
             if name == EMBEDDING:
-                hidden = model.tok_embeddings(rows)
+                hidden = model.embed(rows)
             nats, divergence = unchanged.compare(model, hidden, first, head_alone=name == HEAD)
             wide = Format(8, dynamic=format.dynamic) if format.bits == 4 else format
             ratio = _error_ratio(original, changed, wide, seen, moments) if wide != format else 1.0
@@ -157,14 +157,14 @@ def measure(
 def layer_of(name: str) -> int | None:
     """The number of the layer that a module belongs to; None for the embedding and the head."""
     parts = name.split(".")
-    return int(parts[1]) if parts[0] == "layers" else None
+    return int(parts[1]) if parts[0] in ("layers", VALUES.rstrip(".")) else None
 
 
 class _Unchanged:
     """The unchanged model's loss on rows, and its most likely predictions with their log-probabilities."""
 
     def __init__(self, model: Decoder, rows: Tensor) -> None:
-        self.targets = rows[:, 1:].flatten().split(_CHUNK)
+        self.rows, self.targets = rows, rows[:, 1:].flatten().split(_CHUNK)
         self.tokens = rows[:, 1:].numel()
         self.hidden = model(rows, hidden=True)
         self.top: list[tuple[Tensor, Tensor]] = []
@@ -184,9 +184,9 @@ class _Unchanged:
         """
         hidden = self.hidden
         if not head_alone:
-            for layer in model.layers[first:]:
-                x = layer(x)
-            hidden = model.norm(x)
+            for number in range(first, len(model.layers)):
+                x = model.layers[number](x, **model.of_tokens(number, self.rows))
+            hidden = model.finish(x)
         nats = divergence = 0.0
         for part, expected, (top, ids) in zip(_log_probs(model, hidden), self.targets, self.top, strict=True):
             nats -= _sum_of(part, expected)

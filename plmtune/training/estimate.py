@@ -31,7 +31,7 @@ class Estimate:
     Attributes:
         parameters: of the whole model; a tied matrix once.
         trained: parameters that get gradients.
-        non_embedding_parameters: without the token embedding and the vocabulary projection.
+        non_embedding_parameters: without embeddings and the vocabulary projection.
         weights: including what FSDP2 gathers from other processes.
         gradients: including what FSDP2 holds until it is reduced.
         activations: what autograd keeps between forward and backward, per micro-batch.
@@ -40,7 +40,7 @@ class Estimate:
             and not counted.
         process: libraries and compiled kernels; of a run on a GPU they are on the host, and not counted.
         available: memory for this process: what is free now, and what it holds already.
-        flops_6n: 6 N, with N the parameters that are multiplied (an untied input table is only read).
+        flops_6n: 6 N, with N the parameters that are multiplied (not an untied input table and value embeddings).
         flops_per_token: 6 N + 6 s sum over layers of heads (qk + v), attention counted in full although half
             is masked: PaLM's convention (arXiv 2204.02311, appendix B), as nanoGPT and torchtitan. For MFU.
     """
@@ -129,7 +129,8 @@ def estimate(
     held: Any = model  # a Decoder, whose attributes mypy cannot see on a Module
     parameters = sum(p.numel() for p in model.parameters())
     embedding, head = held.tok_embeddings.weight, held.head_weight
-    vocabulary = embedding.numel() if held.tied else embedding.numel() + head.numel()
+    values = sum(p.numel() for p in held.value_embeddings.parameters()) if held.value_embeddings is not None else 0
+    vocabulary = (embedding.numel() if held.tied else embedding.numel() + head.numel()) + values
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     # QLoRA's base, which the meta device holds in fp32: 4 bits a number, and a scale for each 64.
     in_nf4: list[Any] = [module for module in model.modules() if getattr(module, "_quantize_base", False)]
@@ -146,7 +147,7 @@ def estimate(
         root = parameters - sum(p.numel() for p in held.layers.parameters())
         # The layer at work and the next one; the root's are whole from the forward to the end of the backward.
         gathered = whole_gradients = (root + 2 * layer) * compute_dtype.itemsize
-    multiplied = parameters - (0 if held.tied else embedding.numel())
+    multiplied = parameters - values - (0 if held.tied else embedding.numel())
     flops_6n = 6.0 * multiplied
     # torch writes a boolean mask as numbers in each call of attention, and keeps them for the backward.
     mask = micro_batch_size * seq_len**2 * compute_dtype.itemsize
@@ -224,7 +225,10 @@ def activation_bytes(
         whole = _saved_bytes(model, ids, tokens, compute_dtype, casts, hidden=True)
         if not activation_checkpointing:
             return whole
-        layers = [_saved_bytes(layer, hidden, tokens, compute_dtype, casts) for layer in held.layers]
+        widths = [getattr(layer.attention, "value_embed_width", 0) for layer in held.layers]
+        of_tokens = [{"value": hidden.new_empty(2, _TRIED, width)} if width else {} for width in widths]
+        pairs = zip(held.layers, of_tokens, strict=True)
+        layers = [_saved_bytes(layer, hidden, tokens, compute_dtype, casts, **given) for layer, given in pairs]
         inputs = len(layers) * tokens * held.embed_dim * compute_dtype.itemsize
         return whole - sum(layers) + inputs + max(layers)
     finally:
@@ -249,21 +253,26 @@ def _saved_bytes(
     """Bytes that a forward of so many tokens saves: a line through those of one row of `inputs` and of both."""
     # Autocast does not know the meta device: parameters in its dtype give the same activations, and the
     # copies that it would make of the matrices are added.
-    ends = ("tok_embeddings.weight", "output.weight")  # one is only read, and the head's is the loss's
-    matrices = sum(p.numel() for name, p in module.named_parameters() if p.ndim > 1 and name not in ends)
+    ends = ("tok_embeddings.", "value_embeddings.", "output.")  # some are only read, and the head's is the loss's
+    matrices = sum(p.numel() for name, p in module.named_parameters() if p.ndim > 1 and not name.startswith(ends))
     copies = dtype.itemsize * matrices if casts and dtype != torch.float32 else 0
-    rows = (inputs[:n].clone().requires_grad_(inputs.is_floating_point()) for n in (1, 2))
-    one, two = (_saved_by_forward(module, x, dtype, settings) for x in rows)
+
+    def first(x: Any, rows: int) -> Any:
+        return x[:rows].clone().requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else x
+
+    tried = [(first(inputs, rows), {key: first(x, rows) for key, x in settings.items()}) for rows in (1, 2)]
+    one, two = (_saved_by_forward(module, x, dtype, given) for x, given in tried)
     return int(one + (tokens / _TRIED - 1) * (two - one)) + copies
 
 
 def _saved_by_forward(module: nn.Module, x: Tensor, dtype: torch.dtype, settings: dict[str, Any]) -> int:
-    """Bytes of the distinct storages that a forward saves; parameters and input left out."""
+    """Bytes of the distinct storages that a forward saves; parameters and inputs left out."""
     state = {  # each of one number, shown in the parameter's shape
         name: torch.empty_strided(p.shape, [0] * p.ndim, dtype=dtype, device=x.device, requires_grad=p.requires_grad)
         for name, p in module.named_parameters()
     }
-    own = {t.untyped_storage()._cdata for t in (*state.values(), x)}
+    given = [held for held in settings.values() if isinstance(held, Tensor)]
+    own = {t.untyped_storage()._cdata for t in (*state.values(), x, *given)}
     kept: dict[int, Tensor] = {}  # holds the tensors, so that no storage's address is used twice
 
     def pack(tensor: Tensor) -> Tensor:

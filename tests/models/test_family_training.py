@@ -1,4 +1,7 @@
-"""Every family is trained, adapted and quantized: two steps each, on tiny checkpoints that transformers made."""
+"""Every family is trained, adapted and quantized: two steps each, on tiny checkpoints that transformers made.
+
+One more has value embeddings, which no family has.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from plmtune.losses.cross_entropy import cross_entropy
 from plmtune.losses.log_probs import log_probs
 from plmtune.models import adapters
 from plmtune.models.hf import load_model, save_model
+from plmtune.models.llama import llama
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import adapter_parameters, init_adapters, merge
 from plmtune.quantization import qat
@@ -24,9 +28,22 @@ from plmtune.registry import component
 ONE_EACH = {model_type: name for name, (model_type, _) in reversed(FAMILIES.items())}.values()
 
 
-@pytest.fixture(params=sorted(ONE_EACH))
+def make_valued(directory: Path) -> None:
+    attention = component("attention", "gqa", num_kv_heads=2, value_embed=2)
+    ffn = component("ffn", "swiglu", hidden_dim=72)
+    torch.manual_seed(0)
+    model = llama(101, attention=attention, ffn=ffn, embed_dim=48, num_layers=3, num_heads=6, max_seq_len=64)
+    model.init_std = 0.2  # as of the others
+    model.init_weights()
+    save_model(model, None, directory)
+
+
+@pytest.fixture(params=[*sorted(ONE_EACH), "value embeddings"])
 def family(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    make(request.param, tmp_path / "made")
+    if request.param in FAMILIES:
+        make(request.param, tmp_path / "made")
+    else:
+        make_valued(tmp_path / "made")
     return tmp_path / "made"
 
 

@@ -15,6 +15,7 @@ ATTENTIONS = {
     "mla": component("attention", "mla", kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12),
     "gqa": component("attention", "gqa", num_kv_heads=2),
     "mha": component("attention", "mha", rope_interleaved=True),
+    "value_embed": component("attention", "gqa", num_kv_heads=2, value_embed=1),
 }
 
 

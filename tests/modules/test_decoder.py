@@ -15,6 +15,7 @@ ATTENTIONS = {
     "mla": MLA,
     "gqa": component("attention", "gqa", num_kv_heads=2),
     "mha": component("attention", "mha", rope_interleaved=True),
+    "value_embed": component("attention", "gqa", num_kv_heads=2, value_embed=1),
 }
 
 
@@ -79,9 +80,10 @@ class TestCache:
 
     def test_gradients_equal_finite_differences(self, attention: Component) -> None:
         torch.manual_seed(0)
-        layer = small(attention, num_layers=1, num_heads=2, embed_dim=8).double().layers[0]
+        model = small(attention, num_layers=1, num_heads=2, embed_dim=8).double()
         x = torch.randn(1, 5, 8, dtype=torch.float64, requires_grad=True)
-        assert torch.autograd.gradcheck(layer, (x,), atol=1e-5, rtol=1e-3)
+        of_tokens = model.of_tokens(0, tokens(1, 5))
+        assert torch.autograd.gradcheck(lambda x: model.layers[0](x, **of_tokens), (x,), atol=1e-5, rtol=1e-3)
 
 
 class TestCacheSize:

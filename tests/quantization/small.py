@@ -4,7 +4,9 @@ from typing import Any
 
 import torch
 
+from plmtune.models.gpt2 import gpt2
 from plmtune.models.llama import llama
+from plmtune.models.minicpm import minicpm
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import component
@@ -21,9 +23,28 @@ def small_plm(**settings: Any) -> Decoder:
 
 def small_llama(**settings: Any) -> Decoder:
     """GQA with biases and SwiGLU; embedding and head are two matrices."""
-    settings = {"tie_embeddings": False} | settings
     gqa = component("attention", "gqa", num_kv_heads=2, bias=True)
-    return _built(llama, attention=gqa, ffn=component("ffn", "swiglu", hidden_dim=96), num_heads=4, **settings)
+    settings = {"tie_embeddings": False, "attention": gqa} | settings
+    return _built(llama, ffn=component("ffn", "swiglu", hidden_dim=96), num_heads=4, **settings)
+
+
+def small_valued(**settings: Any) -> Decoder:
+    """Value embeddings in the last layer of two."""
+    gqa = component("attention", "gqa", num_kv_heads=2, head_dim=32, value_embed=2)
+    return small_llama(**{"attention": gqa} | settings)
+
+
+def small_gpt2() -> Decoder:
+    """Learned positions."""
+    gqa = component("attention", "gqa", num_kv_heads=4, rope=False, bias=True)
+    return _built(gpt2, attention=gqa, ffn=component("ffn", "gelu", hidden_dim=96), num_heads=4)
+
+
+def small_minicpm() -> Decoder:
+    """Scaled embedding, residuals and logits."""
+    gqa = component("attention", "gqa", num_kv_heads=2)
+    ffn = component("ffn", "swiglu", hidden_dim=96)
+    return _built(minicpm, attention=gqa, ffn=ffn, num_heads=4, base_dim=32)
 
 
 MODELS = {"plm": small_plm, "llama": small_llama}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import IDS, MODELS, small_plm
+from small import IDS, MODELS, small_gpt2, small_minicpm, small_plm, small_valued
 
 from plmtune.modules.decoder import Decoder
 from plmtune.quantization import sensitivity
@@ -32,7 +32,7 @@ class TestLoss:
 
 
 class TestMeasure:
-    @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+    @pytest.mark.parametrize("make", [*MODELS.values(), small_valued, small_gpt2, small_minicpm])
     def test_equals_quantizing_each_module_alone(self, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sensitivity, "_TOP", 101)  # all predictions, so that no tail is put together
         model = make()
