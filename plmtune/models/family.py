@@ -21,10 +21,11 @@ if TYPE_CHECKING:  # `plmtune ls model` imports this file, and no torch
 # alone, and of the library that wrote the file.
 HARMLESS = frozenset({
     "_name_or_path", "_attn_implementation_autoset", "architectures", "attention_dropout", "attn_pdrop",
-    "bos_token_id", "chunk_size_feed_forward", "dtype", "embd_pdrop", "eos_token_id", "id2label",
-    "is_encoder_decoder", "label2id", "model_type", "output_attentions", "output_hidden_states", "pad_token_id",
-    "plmtune", "pretraining_tp", "problem_type", "quantization_config", "resid_pdrop", "return_dict", "torch_dtype",
-    "transformers_version", "unk_token_id", "use_cache",
+    "bos_token_id", "chunk_size_feed_forward", "classifier_dropout", "dtype", "embd_pdrop", "embedding_dropout",
+    "eos_token_id", "hidden_dropout", "id2label", "is_encoder_decoder", "label2id", "model_type", "output_attentions",
+    "output_hidden_states", "pad_token_id", "plmtune", "pretraining_tp", "problem_type", "quantization_config",
+    "resid_pdrop", "residual_dropout", "return_dict", "torch_dtype", "transformers_version", "unk_token_id",
+    "use_cache",
 })  # fmt: skip
 # What plmtune does not compute, in any family. A key of another name that transformers' class of the family does not
 # have changes nothing there either.
@@ -93,6 +94,11 @@ class Keys:
     def unread(self, names: Iterable[str]) -> set[str]:
         """Those of the names that no call has asked for."""
         return set(names) - self._read
+
+    @property
+    def num_absent(self) -> int:
+        """How many keys were asked for that the file lacks."""
+        return len(self._read - HARMLESS - self._keys.keys() - self._nulls)
 
     def refuse_rest(self) -> None:
         """Refuse what no family computes.

@@ -21,7 +21,7 @@ from plmtune.io.untrusted import load_json
 from plmtune.models.assemble import component_from_config
 from plmtune.models.checkpoint_files import CONFIG, locate, read_json, write_json
 from plmtune.models.families import by_component, by_model_type, families, names_of
-from plmtune.models.family import Keys, size_keys
+from plmtune.models.family import HARMLESS, Keys, size_keys
 from plmtune.models.hf_names import our_name
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, install
@@ -220,16 +220,27 @@ def _from_hf_keys(keys: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _nearest_family(keys: Mapping[str, Any], path: Path) -> str:
-    """The family that knows the most keys of a config.json, and the keys that it does not know, as a sentence."""
+    """The family whose keys are most like those of a config.json, and the keys that it does not know, as a sentence."""
+    text = keys.get("text_config")
+    if isinstance(text, dict):  # beside a vision tower
+        kind = text.get("model_type")
+        loads = "loads" if kind in by_model_type() else "does not load either"
+        return f" It is not a model of text alone; its text_config is of model_type {kind!r:.80}, which {loads}."
     found = []
     for model_type, family in by_model_type().items():
         read = Keys({**keys, "model_type": model_type}, path)
         try:
             family.read(read)
-        except (UserError, TypeError, ValueError):
+        except (UserError, TypeError, ValueError, AttributeError):
             continue
-        found.append((sorted(read.unread(keys) - {"vocab_size"}), model_type))
+        new = sorted(read.unread(keys) - {"vocab_size"})
+        if read.num_absent < len(keys) - len(HARMLESS & keys.keys()) - len(new):  # else it is alike in little
+            found.append((model_type, new))
     if not found:
-        return ""
-    new, model_type = min(found, key=lambda pair: len(pair[0]))
-    return f" The nearest is {model_type}, which lacks the keys {', '.join(new)}." if new else ""
+        return " Its keys are like those of none of them."
+    model_type, new = min(found, key=lambda one: len(one[1]))
+    if not new:
+        return (
+            f" The nearest is {model_type}, which knows all its keys, but transformers computes other things with them."
+        )
+    return f" The nearest is {model_type}, which lacks the keys {', '.join(new)}."

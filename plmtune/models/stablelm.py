@@ -37,7 +37,6 @@ def stablelm(
 def _read(keys: Keys) -> dict[str, Any]:
     keys.demand("qk_layernorm", False)
     keys.demand("use_parallel_residual", False)
-    keys.ignore("hidden_dropout")
     settings = decoder_settings(keys, kv_heads=32, positions=4096, share=0.25)
     settings["attention"] |= {"bias": keys.get("use_qkv_bias", False), "output_bias": False}
     settings["norm"] = {"component": "layer_norm", "eps": keys.get("layer_norm_eps", 1e-5)}

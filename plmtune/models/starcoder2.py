@@ -37,7 +37,6 @@ def starcoder2(
 
 def _read(keys: Keys) -> dict[str, Any]:
     keys.demand("hidden_act", "gelu_pytorch_tanh", "gelu_new", "gelu")
-    keys.ignore("residual_dropout", "embedding_dropout")
     settings = decoder_settings(keys, ffn="gelu", tie=True, kv_heads=2, positions=4096)
     bias = keys.get("use_bias", True)
     settings["attention"] |= {"bias": bias, "window": keys.get("sliding_window")}

@@ -212,6 +212,21 @@ class TestKeys:
         with pytest.raises(UserError, match=families):
             read_config(tmp_path)
 
+    @pytest.mark.parametrize(
+        ("model_type", "said"),
+        [
+            ("olmo2", "nearest is llama, which knows all its keys, but"),
+            ("qwen3_moe", "nearest is qwen3, which lacks the keys .*moe_intermediate_size"),
+            ("gemma3", "text_config is of model_type 'gemma3_text', which loads"),
+            ("qwen2_vl", "text_config is of model_type 'qwen2_vl_text', which does not load"),
+            ("t5", "keys are like those of none of them"),
+        ],
+    )
+    def test_of_an_unknown_family_the_nearest_is_named(self, model_type: str, said: str, tmp_path: Path) -> None:
+        AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+        with pytest.raises(UserError, match=said):
+            read_config(tmp_path)
+
 
 def read_config(directory: Path) -> dict[str, Any]:
     """The `config` of a directory whose weights are not looked at."""
