@@ -103,8 +103,8 @@ class LanguageModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The context of a text without one."""
-        return self.tokenizer.start_id
+        """The context of a text without one; lm-eval takes one token, of several the last."""
+        return self.tokenizer.start_ids[-1]
 
     @property
     def max_length(self) -> int:
@@ -207,8 +207,9 @@ class LanguageModel(TemplateLM):
             (text,) = request.args
             ids = self.tok_encode(text, add_special_tokens=False)
             # lm-eval's `hf` puts bos before a text and again before its first window.
-            ids = ids[1:] if self.tokenizer.adds_bos and ids[:1] == [self.prefix_token_id] else ids
-            items += [item for _, item in windows(ids, self.prefix_token_id, self.max_length, self.max_length)]
+            first = self.tokenizer.first_ids
+            ids = ids[len(first) :] if tuple(ids[: len(first)]) == first else ids
+            items += [item for _, item in windows(ids, self.tokenizer.start_ids, self.max_length, self.max_length)]
             owners += [number] * (len(items) - len(owners))
         sums = [0.0] * len(requests)
         scores = self._score("loglikelihood_rolling", items, [requests[owner] for owner in owners])
@@ -228,7 +229,7 @@ class LanguageModel(TemplateLM):
                 context, settings = request.args
                 options = self._options(settings, _place(requests, index), request.task_name or "A task")
                 room = self.max_length - options["max_new_tokens"]
-                tokens = self.tok_encode(context) or [self.prefix_token_id]
+                tokens = self.tok_encode(context) or list(self.tokenizer.start_ids)
                 self.num_truncated += len(tokens) > room
                 tokens = tokens[-room:]
                 held = key(self._base, "generate_until", _hash(tokens), options, sorted(self._writer.end_ids))
@@ -252,12 +253,12 @@ class LanguageModel(TemplateLM):
 
     def _item(self, context: str, continuation: str) -> Item:
         """Return the ids of a pair, as lm-eval's `TemplateLM` encodes it."""
-        first = self.prefix_token_id
+        first = list(self.tokenizer.start_ids)
         if context:
             before, ids = self._encode_pair(context, continuation)
-            return Item(before or [first], ids)
+            return Item(before or first, ids)
         ids = self.tok_encode(continuation, add_special_tokens=False)
-        return Item(ids[:1], ids[1:]) if ids[:1] == [first] else Item([first], ids)
+        return Item(first, ids[len(first) :] if ids[: len(first)] == first else ids)
 
     def _score(self, kind: str, items: Sequence[Item], requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """Score items of `requests`, which messages name."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
@@ -86,7 +86,7 @@ def perplexity(
     if tokenizer.num_tokens > model.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.num_tokens} tokens, the model's vocabulary {model.vocab_size}")
     scorer = scorer or Scorer(model)
-    start = tokenizer.start_id
+    start = tokenizer.start_ids
     total = Perplexity()
     for block in _blocks(documents):
         items: list[Item] = []
@@ -116,15 +116,21 @@ def perplexity(
     return total
 
 
-def windows(ids: list[int], start: int, window: int, stride: int) -> Iterator[tuple[int, Item]]:
-    """Yield the windows of one document: the index of the first scored token in `ids`, context and scored tokens."""
-    text = [start, *ids]
-    done = min(window, len(ids))
+def windows(ids: list[int], start: Sequence[int], window: int, stride: int) -> Iterator[tuple[int, Item]]:
+    """Yield the windows of one document: the index of the first scored token in `ids`, context and scored tokens.
+
+    Args:
+        start: what the document begins with, which is not scored.
+    """
+    start = start[-window:]
+    text = [*start, *ids]
+    before = len(start) - 1  # of the last token that gives the first one's scores
+    done = min(window - before, len(ids))
     if ids:
-        yield 0, Item([start], ids[:done])
+        yield 0, Item(list(start), ids[:done])
     while done < len(ids):
         end = min(done + stride, len(ids))
-        yield done, Item(text[max(end - window, 0) : done + 1], ids[done:end])
+        yield done, Item(text[max(end + before - window, 0) : done + before + 1], ids[done:end])
         done = end
 
 

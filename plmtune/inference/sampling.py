@@ -250,7 +250,7 @@ def generate(
 def prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
     """Return the ids of a prompt: at least one, with bos where the tokenizer adds it to a text."""
     ids = tokenizer.with_bos(tokenizer.encode(prompt, specials=True)) if isinstance(prompt, str) else list(prompt)
-    return ids or [tokenizer.start_id]
+    return ids or list(tokenizer.start_ids)
 
 
 def complete(

@@ -159,9 +159,9 @@ class Tokenizer:
         return ids
 
     @property
-    def start_id(self) -> int:
-        """The token before a text's first one: bos if the tokenizer adds it, else the eos of the text before."""
-        return self.first_ids[-1] if self.first_ids else self.eos_id
+    def start_ids(self) -> tuple[int, ...]:
+        """What stands before a text's first token: all that the tokenizer adds, else the eos of the text before."""
+        return self.first_ids or (self.eos_id,)
 
     def with_bos(self, ids: Sequence[int]) -> list[int]:
         """Return the ids with exactly one bos before them, and what follows it, if the tokenizer adds it."""

@@ -57,18 +57,21 @@ def naive(model: Decoder, text: str, window: int, stride: int) -> float:
 
 class TestWindows:
     @pytest.mark.parametrize(("length", "window", "stride"), [(1, 4, 4), (4, 4, 2), (5, 4, 4), (23, 7, 3), (24, 8, 1)])
-    def test_each_token_is_scored_once_given_no_more_than_a_window(self, length: int, window: int, stride: int) -> None:
+    @pytest.mark.parametrize("start", [[99], [97, 98, 99]], ids=["one token before a text", "several"])
+    def test_each_token_is_scored_once_given_no_more_than_a_window(
+        self, start: list[int], length: int, window: int, stride: int
+    ) -> None:
         ids = list(range(length))
-        found = list(windows(ids, 99, window, stride))
+        found = list(windows(ids, start, window, stride))
         assert [token for _, item in found for token in item.continuation] == ids
         for first, item in found:
-            text = [99, *ids][: first + len(item.continuation) + 1]
+            text = [*start, *ids][: first + len(item.continuation) + len(start)]
             whole = [*item.context, *item.continuation]
             assert whole == text[-len(whole) :]
             assert len(whole) == min(window + 1, len(text))
 
     def test_all_but_the_first_tokens_have_window_minus_stride_before_them(self) -> None:
-        found = list(windows(list(range(100)), 99, 10, 4))
+        found = list(windows(list(range(100)), [99], 10, 4))
         assert all(len(item.context) >= 10 - 4 + 1 for _, item in found[1:])
 
     @pytest.mark.parametrize("stride", [16, 5])
@@ -77,7 +80,7 @@ class TestWindows:
 
         ids = list(range(50))
         theirs = map(make_disjoint_window, get_rolling_token_windows(ids, 99, 16, 16 - stride + 1))
-        ours = [(list(item.context), list(item.continuation)) for _, item in windows(ids, 99, 16, stride)]
+        ours = [(list(item.context), list(item.continuation)) for _, item in windows(ids, [99], 16, stride)]
         assert ours == list(theirs)
 
 
@@ -180,7 +183,7 @@ class TestSmolLM2:
         text = WIKITEXT.read_text(encoding="utf-8")
         text = tokenizer.decode(tokenizer.encode(text[:8000])[:1024])
         ids = AutoTokenizer.from_pretrained(tmp_path / "model")(text, add_special_tokens=False).input_ids
-        start = tokenizer.start_id
+        start = tokenizer.start_ids
         nats = 0.0
         for _, item in windows(ids, start, window, stride):
             whole = torch.tensor([[*item.context, *item.continuation]])

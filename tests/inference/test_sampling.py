@@ -185,7 +185,7 @@ class TestSample:
 class FakeTokenizer:
     """Bytes as ids; 256 ends a text."""
 
-    eos_id = start_id = 256
+    eos_id, start_ids = 256, (256,)
     end_ids = (256,)
     num_tokens = 257
 

@@ -686,14 +686,19 @@ class TestBeginning:
 
     @pytest.mark.parametrize("flag", [False, True])
     @pytest.mark.parametrize("processor", [False, True])
-    def test_the_post_processor_decides_and_no_flag(self, flag: bool, processor: bool, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        "name", ["PreTrainedTokenizerFast", "LlamaTokenizerFast", "GemmaTokenizer", "GPT2Tokenizer"]
+    )
+    def test_the_post_processor_decides_and_no_flag(
+        self, name: str, flag: bool, processor: bool, tmp_path: Path
+    ) -> None:
         transformers = pytest.importorskip("transformers")
         self.with_bos(processor).save(tmp_path)
         config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": flag}))
-        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-        assert load_tokenizer(tmp_path).adds_bos == processor
-        assert load_tokenizer(tmp_path).with_bos(bundled().encode("a")) == theirs("a")["input_ids"]
+        config |= {"add_bos_token": flag, "tokenizer_class": name}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        begins = transformers.AutoTokenizer.from_pretrained(tmp_path)("a")["input_ids"][0] == 4094
+        assert load_tokenizer(tmp_path).adds_bos == begins == processor
 
     def test_a_fingerprint_changes_only_where_it_is_put(self) -> None:
         assert self.with_bos(False).fingerprint == bundled().fingerprint != self.with_bos(True).fingerprint
@@ -703,7 +708,7 @@ class TestBeginning:
         assert self.with_bos(True).with_bos([7]) == self.with_bos(True).with_bos([4094, 7]) == [4094, 7]
         assert self.with_bos(True).with_bos([]) == [4094]
         assert self.with_bos(False).with_bos([7]) == [7]
-        assert (self.with_bos(True).start_id, self.with_bos(False).start_id) == (4094, bundled().eos_id)
+        assert (self.with_bos(True).start_ids, self.with_bos(False).start_ids) == ((4094,), (bundled().eos_id,))
 
     def test_one_that_is_no_special_token_is_refused_where_it_would_be_put(self, tmp_path: Path) -> None:
         bundled().save(tmp_path)
@@ -736,7 +741,7 @@ class TestFilesBeside:
         theirs.save(str(tmp_path / "tokenizer.json"))
         ours = load_tokenizer(tmp_path)
         assert ours.with_bos(ours.encode("a b")) == theirs.encode("a b").ids == ours.with_bos(theirs.encode("a b").ids)
-        assert (ours.first_ids, ours.start_id, ours.bos) == ((4094, 4095), 4095, "<|im_start|>")
+        assert (ours.first_ids, ours.start_ids, ours.bos) == ((4094, 4095), (4094, 4095), "<|im_start|>")
         ours.save(tmp_path / "saved")
         again = load_tokenizer(tmp_path / "saved")
         assert (again.first_ids, again.fingerprint) == (ours.first_ids, ours.fingerprint)
