@@ -20,6 +20,7 @@ from plmtune.data.preferences import Preferences
 from plmtune.evaluation.training_tasks import open_evaluations
 from plmtune.inference.sampling import complete
 from plmtune.io.terminal import echo
+from plmtune.losses.distillation import TERMS
 from plmtune.preference.refinement import encode_pairs, find_refinement
 from plmtune.tokenizers.chat_template import find_template
 from plmtune.tokenizers.message import Message
@@ -106,6 +107,9 @@ class Sft:
         self.order: str = saved.state.get("order", "")  # a running hash of the samples, in their order
         self.guard = Guard(**vars(cfg.guard))
         self.guard.load_state_dict(saved.state.get("guard", {}))
+        self.teacher = plan.teacher
+        if self.teacher:
+            self.teacher.load_weights(runtime)
 
     def train(self) -> float | None:
         """Train to the last step; return the last validation loss in nats a token, or None if a signal stopped it."""
@@ -169,8 +173,10 @@ class Sft:
                 losses.append(loss.detach())
         norm = runtime.clip_grad_norm(self.model, self.cfg.max_grad_norm)
         # The only wait for the device. All ranks get equal numbers, so their guards reach equal decisions.
-        total, norms = runtime.sum(torch.stack(losses).sum(), norm)
+        terms = self.loss.take_terms() if self.teacher else ()
+        total, norms, *terms = runtime.sum(torch.stack(losses).sum(), norm, *terms)
         values = {"loss": total / num_tokens, "grad_norm": norms / runtime.world_size}
+        values |= {name: term / num_tokens for name, term in zip(TERMS, terms, strict=False)}
         if self.guard.accepts(values["loss"], values["grad_norm"], losses):
             self.optimizer.step()
         else:
@@ -189,7 +195,10 @@ class Sft:
         with self.runtime.autocast():
             hidden = self.trained(batch.tokens, mask=batch.mask, input_pos=batch.input_pos, hidden=True)  # [b, s, d]
             states, targets = batch.counted(hidden)
-            summed: Tensor = self.loss(states, self.model.head_weight, targets, **self.model.loss_settings)
+            given: dict[str, Any] = self.model.loss_settings
+            if self.teacher and torch.is_grad_enabled():
+                given["teacher"] = self.teacher.states(batch)
+            summed: Tensor = self.loss(states, self.model.head_weight, targets, **given)
         return summed
 
     @torch.no_grad()
@@ -224,6 +233,8 @@ class Sft:
         """A forward and a backward that change nothing."""
         batch = self.data.step(min(self.step, self.plan.num_steps - 1))[0]
         self._loss(batch.to(self.runtime.device)).backward()
+        if self.teacher:
+            self.loss.take_terms()
         self.optimizer.zero_grad(set_to_none=True)
 
 

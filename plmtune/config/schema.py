@@ -117,6 +117,13 @@ class GuardConfig:
 
 
 @dataclass
+class DistillationConfig:
+    """The model that the trained one learns from, with loss=forward_kl, reverse_kl or jsd."""
+
+    teacher: Text | None = None  # a run, a checkpoint or a model directory, with the same tokenizer
+
+
+@dataclass
 class SampleConfig:
     """What to write at the end of a run, for a person to read."""
 
@@ -173,6 +180,7 @@ class PretrainConfig(TrainingConfig):
     micro_batch_size: Length = 8  # sequences a forward pass, on one process
     document_mask: bool = False  # attention stays inside a document
     phases: list[PhaseConfig] = field(default_factory=list)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     num_workers: Annotated[int, Range(0, most=256)] = 0  # threads that make steps ahead; 0: none
     preparation: PreparationConfig = field(default_factory=PreparationConfig)
 
@@ -218,6 +226,7 @@ class SftConfig(FinetuningConfig):
     micro_batch_size: Length = 4  # rows a forward pass, on one process
     epochs: Epochs | None = None  # passes over all packed rows of all sources; default, where there are no phases: 3
     phases: list[PhaseConfig] = field(default_factory=list)  # instead of epochs
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     num_workers: Annotated[int, Range(0, most=256)] = 0  # threads that make steps ahead; 0: none
 
     def check(self) -> None:
