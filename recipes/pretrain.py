@@ -21,7 +21,6 @@ from plmtune.errors import UserError
 from plmtune.evaluation.training_tasks import open_evaluations
 from plmtune.inference.sampling import complete
 from plmtune.io.terminal import echo
-from plmtune.losses.distillation import TERMS
 from plmtune.models.hf import load_state, run_state
 from plmtune.models.hf_config import write_config
 from plmtune.training import launcher
@@ -36,6 +35,7 @@ from plmtune.training.preflight import TrainingPlan
 from plmtune.training.resume_checks import config_digest, refuse_other_order
 from plmtune.training.run_setup import open_batches, open_run
 from plmtune.training.runtime import Runtime
+from plmtune.training.teacher import TERMS
 from plmtune.training.trainer_state import TrainerState, best_checkpoint_notes, load_optimizer_state
 
 CONFIG = "pretrain"  # conf/pretrain.yaml
@@ -111,8 +111,6 @@ class Pretrain:
         self.guard = Guard(**vars(cfg.guard))
         self.guard.load_state_dict(saved.state.get("guard", {}))
         self.teacher = plan.teacher
-        if self.teacher:
-            self.teacher.load_weights(runtime)
         # For bits per byte: the length of each token's text, which special tokens do not have.
         self.token_bytes = torch.from_numpy(self.tokenizer.token_bytes).to(runtime.device)
 
@@ -122,6 +120,9 @@ class Pretrain:
         rates = {"tokens_per_step": plan.tokens_per_step, "flops_per_token": plan.estimate.flops_per_token}
         with launcher.open_monitor(cfg, run, runtime, plan.num_steps, self.step, **rates) as monitor:
             run.update(num_steps=plan.num_steps, parameters=plan.estimate.parameters)
+            if self.teacher and not self.teacher.prepare(self.data, self.step, runtime, monitor):
+                monitor.stopped(self.step)
+                return None
             kernels = runtime.attention_kernels(self.model, seq_len=cfg.seq_len, segments=cfg.document_mask)
             reasons = [*runtime.reasons, f"attention: {kernels}"]
             if cfg.runtime.deterministic:

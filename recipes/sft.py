@@ -20,7 +20,6 @@ from plmtune.data.preferences import Preferences
 from plmtune.evaluation.training_tasks import open_evaluations
 from plmtune.inference.sampling import complete
 from plmtune.io.terminal import echo
-from plmtune.losses.distillation import TERMS
 from plmtune.preference.refinement import encode_pairs, find_refinement
 from plmtune.tokenizers.chat_template import find_template
 from plmtune.tokenizers.message import Message
@@ -35,6 +34,7 @@ from plmtune.training.preflight import TrainingPlan
 from plmtune.training.resume_checks import config_digest
 from plmtune.training.run_setup import open_batches, open_run
 from plmtune.training.runtime import Runtime
+from plmtune.training.teacher import TERMS
 from plmtune.training.trainer_state import TrainerState
 
 CONFIG = "sft"  # conf/sft.yaml
@@ -108,8 +108,6 @@ class Sft:
         self.guard = Guard(**vars(cfg.guard))
         self.guard.load_state_dict(saved.state.get("guard", {}))
         self.teacher = plan.teacher
-        if self.teacher:
-            self.teacher.load_weights(runtime)
 
     def train(self) -> float | None:
         """Train to the last step; return the last validation loss in nats a token, or None if a signal stopped it."""
@@ -119,6 +117,9 @@ class Sft:
             cfg, run, runtime, plan.num_steps, self.step, tokens_per_step=plan.tokens_per_step
         ) as monitor:
             run.update(num_steps=plan.num_steps, parameters=plan.estimate.parameters)
+            if self.teacher and not self.teacher.prepare(self.data, self.step, runtime, monitor):
+                monitor.stopped(self.step)
+                return None
             kernels = f"attention: {runtime.attention_kernels(self.model, seq_len=plan.seq_len, segments=True)}"
             notes = (*self.finetune_model.notes, *plan.estimate.lines(), *self.notes, self.data.describe())
             monitor.start(*runtime.reasons, kernels, *notes)

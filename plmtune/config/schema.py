@@ -121,6 +121,10 @@ class DistillationConfig:
     """The model that the trained one learns from, with loss=forward_kl, reverse_kl or jsd."""
 
     teacher: Text | None = None  # a run, a checkpoint or a model directory, with the same tokenizer
+    top_k: Annotated[int, Range(least=1, most=65_536)] | None = (
+        None  # keep so many tokens' log-probabilities; null: none
+    )
+    cache: Text = "runs/teacher"  # where they are kept, for all runs
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,11 +16,6 @@ from plmtune.registry import register
 
 _TEMPERATURE = Range(above=0, most=100)
 _SHARE = Range(least=0, most=1)
-TERMS = ("cross_entropy", "divergence")  # names of the two metrics that `take_terms` returns
-
-# (log p of the teacher, log q of the student), [c, v] each, which it may write over
-# -> the divergence of each token, [c], and its gradient by the student's logits / T, [c, v].
-Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -38,6 +32,21 @@ class TeacherStates:
     hidden: Tensor
     weight: Tensor
     soft_cap: float | None = None
+
+
+@dataclass(frozen=True)
+class TeacherTopK:
+    """A teacher's k most likely tokens, as they are stored.
+
+    Attributes:
+        ids: of the student's tokenizer, [n, k] integers, different ones in a row.
+        log_probs: their log-probabilities, [n, k].
+        log_rest: the log-probability of all other tokens together, [n]; -inf where there are none.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    log_rest: Tensor
 
 
 class DistillationLoss:
@@ -58,7 +67,7 @@ class DistillationLoss:
     """
 
     needs_teacher: ClassVar[bool] = True
-    divergence: Divergence
+    takes_top_k: ClassVar[bool] = False
 
     def __init__(self, temperature: float, cross_entropy_weight: float, chunk_rows: int) -> None:
         check(_TEMPERATURE, temperature=temperature)
@@ -73,7 +82,7 @@ class DistillationLoss:
         weight: Tensor,
         targets: Tensor,
         *,
-        teacher: TeacherStates | None = None,
+        teacher: TeacherStates | TeacherTopK | None = None,
         soft_cap: float | None = None,
     ) -> Tensor:
         """Return the loss, an fp32 scalar.
@@ -94,8 +103,23 @@ class DistillationLoss:
         self._terms.append(terms)
         return loss
 
+    def compare(self, teacher: TeacherStates | TeacherTopK, part: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return T^2 D of the tokens `part`, [c], and its gradient by the student's logits, [c, v or fewer rows]."""
+        assert isinstance(teacher, TeacherStates)
+        rows = min(logits.shape[1], len(teacher.weight))  # of equal tokenizers; one projection may be padded further
+        weight = teacher.weight[:rows].to(teacher.hidden.dtype)
+        theirs, _ = capped(teacher.hidden[part] @ weight.T, teacher.soft_cap)
+        log_p = torch.log_softmax(theirs.float().div_(self.temperature), dim=1)
+        del theirs
+        value, grad = self.divergence(log_p, torch.log_softmax(logits[:, :rows] / self.temperature, dim=1))
+        return value.mul_(self.temperature**2), grad.mul_(self.temperature)  # T^2 / T
+
+    def divergence(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        """Return D of each token, [c], and its gradient by logits / T, [c, v]; may write over the logarithms."""
+        raise NotImplementedError
+
     def take_terms(self) -> tuple[Tensor, Tensor]:
-        """Return the sums of CE and of D, neither weighted, over calls with gradients since the last one."""
+        """Return the sums of CE and of T^2 D, neither weighted, over calls with gradients since the last one."""
         sums = torch.stack(self._terms).sum(dim=0)
         self._terms.clear()
         return sums[0], sums[1]
@@ -105,6 +129,11 @@ class DistillationLoss:
 class ForwardKL(DistillationLoss):
     """KL(p || q) of the teacher's p and the student's q (Hinton et al., arXiv 1503.02531): q covers all of p.
 
+    Of a teacher's k most likely tokens S alone it is the decoupled loss of LFM2 (arXiv 2511.23404): T^2 D becomes
+    KL(P || Q) + P T^2 KL(p_S || q_S), with P and Q the probabilities of S without a temperature, KL(P || Q) that of the
+    choice between S and the rest, and p_S and q_S the distributions at T within S. At T = 1, or where S is the whole
+    vocabulary, that is KL of the distributions themselves, the rest being one token.
+
     Args:
         temperature, cross_entropy_weight, chunk_rows: see `DistillationLoss`.
     """
@@ -112,8 +141,29 @@ class ForwardKL(DistillationLoss):
     def __init__(self, *, temperature: float = 1.0, cross_entropy_weight: float = 0.0, chunk_rows: int = 256) -> None:
         super().__init__(temperature, cross_entropy_weight, chunk_rows)
 
-    @staticmethod
-    def divergence(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    takes_top_k: ClassVar[bool] = True
+
+    def compare(self, teacher: TeacherStates | TeacherTopK, part: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(teacher, TeacherStates):
+            return super().compare(teacher, part, logits)
+        ids, log_p = teacher.ids[part], teacher.log_probs[part].float()
+        grad = torch.softmax(logits, dim=1)  # q, and then the gradient written over it
+        of_top, others = grad.gather(1, ids), grad.scatter_(1, ids, 0)
+        # Not 1 - P and 1 - Q: where P is near 1, the rounding of stored numbers is as large as what is left.
+        p_rest, q_rest = teacher.log_rest[part].float().exp(), others.sum(1)
+        p_top, q_top = 1 - p_rest, of_top.sum(1)
+        tiny = torch.finfo(torch.float32).tiny
+        value = torch.xlogy(p_rest, p_rest / q_rest.clamp(min=tiny)) + torch.xlogy(p_top, p_top / q_top.clamp(min=tiny))
+        # d Q / d s_i = q_i (1{i in S} - Q)
+        grad = others.mul_((1 - p_rest / q_rest.clamp(min=tiny))[:, None])
+        in_top = of_top * (1 - p_top / q_top.clamp(min=tiny))[:, None]
+        log_p = torch.log_softmax(log_p / self.temperature, dim=1)
+        within, by_scaled = self.divergence(log_p, torch.log_softmax(logits.gather(1, ids) / self.temperature, dim=1))
+        value += p_top * within * self.temperature**2
+        in_top += by_scaled.mul_(p_top[:, None] * self.temperature)
+        return value, grad.scatter_(1, ids, in_top)
+
+    def divergence(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         p = log_p.exp()
         value = log_p.sub_(log_q).mul_(p).sum(dim=1)
         return value, log_q.exp_().sub_(p)
@@ -130,8 +180,7 @@ class ReverseKL(DistillationLoss):
     def __init__(self, *, temperature: float = 1.0, cross_entropy_weight: float = 0.0, chunk_rows: int = 256) -> None:
         super().__init__(temperature, cross_entropy_weight, chunk_rows)
 
-    @staticmethod
-    def divergence(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    def divergence(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         q = log_q.exp()
         ratio = log_q.sub_(log_p)
         value = (q * ratio).sum(dim=1)
@@ -183,28 +232,23 @@ class ChunkedDistillation(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
-        teacher: TeacherStates,
+        teacher: TeacherStates | TeacherTopK,
         soft_cap: float | None,
         loss: DistillationLoss,
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        share, temperature = loss.cross_entropy_weight, loss.temperature
-        w, w_teacher = weight.to(hidden.dtype), teacher.weight.to(teacher.hidden.dtype)
-        rows = min(len(w), len(w_teacher))  # of equal tokenizers; one projection may be padded further
+        share, w = loss.cross_entropy_weight, weight.to(hidden.dtype)
         terms = hidden.new_zeros(2, dtype=torch.float32)
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         for start in range(0, len(targets), loss.chunk_rows):
-            chunk = slice(start, start + loss.chunk_rows)
-            x, target = hidden[chunk], targets[chunk, None]
+            part = slice(start, start + loss.chunk_rows)
+            x, target = hidden[part], targets[part, None]
             valid = target != IGNORE  # [c, 1]
             target = target.where(valid, 0)
             logits, slope = capped(x @ w.T, soft_cap)  # [c, v]
             logits = logits.float()
-            theirs, _ = capped(teacher.hidden[chunk] @ w_teacher[:rows].T, teacher.soft_cap)
-            log_p = torch.log_softmax(theirs.float().div_(temperature), dim=1)
-            del theirs
-            value, by_logits = loss.divergence(log_p, torch.log_softmax(logits[:, :rows] / temperature, dim=1))
+            value, by_logits = loss.compare(teacher, part, logits)
             terms[1] += value.where(valid[:, 0], 0).sum()
             log_q = torch.log_softmax(logits, dim=1)
             terms[0] -= log_q.gather(1, target).where(valid, 0).sum()
@@ -212,17 +256,17 @@ class ChunkedDistillation(torch.autograd.Function):
                 continue
             grad = log_q.exp_()  # d CE / d logits = q - onehot
             grad.scatter_add_(1, target, torch.full_like(grad[:, :1], -1.0)).mul_(share)
-            grad[:, :rows] += by_logits.mul_((1 - share) * temperature)  # T^2 / T
+            grad[:, : by_logits.shape[1]] += by_logits.mul_(1 - share)
             grad = grad.where(valid, 0)
             grad = (grad if slope is None else grad * slope).to(hidden.dtype)
             if grad_hidden is not None:
-                grad_hidden[chunk] = grad @ w
+                grad_hidden[part] = grad @ w
             if grad_weight is not None:
                 grad_weight += grad.T @ x
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(terms)
-        return share * terms[0] + (1 - share) * temperature**2 * terms[1], terms
+        return share * terms[0] + (1 - share) * terms[1], terms
 
     @staticmethod
     @once_differentiable

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from plmtune.losses.cross_entropy import cross_entropy
-from plmtune.losses.distillation import ForwardKL, JensenShannon, ReverseKL, TeacherStates
+from plmtune.losses.distillation import ForwardKL, JensenShannon, ReverseKL, TeacherStates, TeacherTopK
 
 LOSSES = {"forward_kl": ForwardKL, "reverse_kl": ReverseKL, "jsd": JensenShannon}
 
@@ -51,7 +51,7 @@ def naive(
         else:
             m = beta * p + (1 - beta) * q
             divergence = divergence + beta * (p * (p / m).log()).sum() + (1 - beta) * (q * (q / m).log()).sum()
-    return share * ce + (1 - share) * temperature**2 * divergence, ce, divergence
+    return share * ce + (1 - share) * temperature**2 * divergence, ce, temperature**2 * divergence
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -125,3 +125,46 @@ def test_jsd_weighs_the_teacher_by_beta(beta: float) -> None:
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
     for a, b in zip(*(torch.autograd.grad(x, leaves[:2]) for x in (ours, theirs)), strict=True):
         assert relative(a, b) < 1e-5
+
+
+def top_k(teacher: TeacherStates, k: int) -> TeacherTopK:
+    every = torch.log_softmax(teacher.hidden.double() @ teacher.weight.double().T, dim=1)
+    log_p, ids = every.topk(k)
+    return TeacherTopK(ids, log_p, every.scatter(1, ids, -torch.inf).logsumexp(1))
+
+
+class TestTopK:
+    @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+    def test_the_whole_vocabulary_gives_what_the_logits_give(self, temperature: float) -> None:
+        hidden, weight, targets, teacher = batch()
+        loss = ForwardKL(temperature=temperature, cross_entropy_weight=0.3)
+        stored, online = (loss(hidden, weight, targets, teacher=t) for t in (top_k(teacher, 61), teacher))
+        assert stored.item() == pytest.approx(online.item(), rel=1e-5)
+        for a, b in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (stored, online)), strict=True):
+            assert relative(a, b) < 1e-5
+
+    @pytest.mark.parametrize("k, temperature", [(1, 1.0), (5, 1.0), (5, 2.0), (60, 0.7)])
+    def test_equals_the_decoupled_formula_written_naively(self, k: int, temperature: float) -> None:
+        hidden, weight, targets, teacher = batch()
+        stored = top_k(teacher, k)
+        ours = ForwardKL(temperature=temperature)(hidden, weight, targets, teacher=stored)
+        theirs = torch.zeros((), dtype=torch.float64)
+        logits = hidden.double() @ weight.double().T
+        for s, ids, log_p, target in zip(logits, stored.ids, stored.log_probs, targets.tolist(), strict=True):
+            if target == -100:
+                continue
+            p, q = log_p.exp().sum(), torch.softmax(s, 0)[ids].sum()
+            p_in, q_in = torch.softmax(log_p / temperature, 0), torch.softmax(s[ids] / temperature, 0)
+            binary = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+            theirs = theirs + binary + p * temperature**2 * (p_in * (p_in / q_in).log()).sum()
+        assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+        for a, b in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (ours, theirs)), strict=True):
+            assert relative(a, b) < 1e-5
+
+    def test_a_certain_teacher_and_a_certain_student_give_finite_gradients(self) -> None:
+        hidden, weight, targets, _ = batch()
+        sure = TeacherTopK(torch.zeros(90, 1, dtype=torch.long), torch.zeros(90, 1), torch.full((90,), -torch.inf))
+        loss = ForwardKL()(hidden * 1000, weight, targets, teacher=sure)
+        assert torch.isfinite(loss) and all(
+            torch.isfinite(g).all() for g in torch.autograd.grad(loss, (hidden, weight))
+        )

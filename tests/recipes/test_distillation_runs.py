@@ -1,6 +1,7 @@
 """Runs that learn from a teacher: what they log, that they resume, and what they refuse."""
 
 import contextlib
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def logged(run: Path) -> list[dict[str, Any]]:
 def test_cross_entropy_and_divergence_are_logged_apart(place: Path, whole: Path) -> None:
     start("run_dir=run", *DISTIL, f"distillation.teacher={whole}")
     for entry in logged(place / "run"):
-        expected = 0.25 * entry["cross_entropy"] + 0.75 * 4 * entry["divergence"]
+        expected = 0.25 * entry["cross_entropy"] + 0.75 * entry["divergence"]
         assert entry["loss"] == pytest.approx(expected, rel=1e-5)
     # The teacher has the student's initial weights, trained by 12 steps.
     first, *_, last = logged(place / "run")
@@ -45,16 +46,19 @@ def test_a_stopped_run_resumes_to_the_same_weights(place: Path, whole: Path, mon
 def distil_by_each_strategy(place: Path) -> dict[str, Any]:
     with contextlib.chdir(place), nothing_beside():
         for strategy in ("ddp", "fsdp"):
-            start(f"run_dir={strategy}", *DISTIL, "distillation.teacher=teacher", f"runtime.strategy={strategy}")
+            keys = (*DISTIL, "distillation.teacher=teacher", f"runtime.strategy={strategy}")
+            start(f"run_dir={strategy}", *keys)
+            start(f"run_dir={strategy}-kept", *keys, "distillation.top_k=8", f"distillation.cache={strategy}-cache")
     return {}
 
 
 def test_two_processes_compute_the_losses_of_one(place: Path, whole: Path) -> None:
     (place / "teacher").symlink_to(whole)
     start("run_dir=one", *DISTIL, "distillation.teacher=teacher")
+    start("run_dir=one-kept", *DISTIL, "distillation.teacher=teacher", "distillation.top_k=8")
     in_group(distil_by_each_strategy, 2, place)
-    for strategy in ("ddp", "fsdp"):
-        for alone, shared in zip(logged(place / "one"), logged(place / strategy), strict=True):
+    for strategy, kept in product(("ddp", "fsdp"), ("", "-kept")):
+        for alone, shared in zip(logged(place / f"one{kept}"), logged(place / f"{strategy}{kept}"), strict=True):
             for key in ("loss", "cross_entropy", "divergence"):
                 assert shared[key] == pytest.approx(alone[key], rel=1e-5, abs=1e-7)
 
@@ -77,3 +81,60 @@ class TestBadInput:
 
     def test_a_teacher_that_is_not_there(self, place: Path) -> None:
         assert "nowhere" in refusal(*DISTIL, "distillation.teacher=nowhere")
+
+
+class TestTopK:
+    KEYS = (*DISTIL, "distillation.teacher=teacher", "distillation.top_k=257", "micro_batch_size=2")
+
+    @pytest.fixture
+    def place(self, place: Path, whole: Path) -> Path:
+        (place / "teacher").symlink_to(whole)
+        return place
+
+    def test_the_whole_vocabulary_trains_as_the_teacher_beside_it_does(self, place: Path) -> None:
+        start("run_dir=kept", *self.KEYS)
+        start("run_dir=beside", *self.KEYS, "distillation.top_k=null")
+        for one, other in zip(logged(place / "kept"), logged(place / "beside"), strict=True):
+            for key in ("loss", "cross_entropy", "divergence"):
+                assert one[key] == pytest.approx(other[key], rel=2e-3, abs=1e-5)  # fp16
+
+    def test_later_runs_read_what_the_first_wrote(self, place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        keys = (*self.KEYS, "distillation.top_k=8")
+        start("run_dir=first", *keys)
+        assert "45 rows are computed" in capfd.readouterr().err
+        start("run_dir=second", *keys)
+        assert "are read from runs/teacher/" in capfd.readouterr().err
+        assert weights(place / "first") == weights(place / "second")
+        start("run_dir=longer", *keys, "phases=[{name: main, steps: 14}]")
+        assert "7 rows are computed" in capfd.readouterr().err
+
+    def test_a_stopped_run_resumes_to_the_same_weights(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        keys = (*self.KEYS, "distillation.top_k=8")
+        start("run_dir=undisturbed", *keys)
+        stop_at(monkeypatch, 5, "run_dir=run", *keys)
+        plmtune("resume", "run")
+        assert weights(place / "run") == weights(place / "undisturbed")
+
+    def test_a_damaged_part_is_computed_again(self, place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        keys = (*self.KEYS, "distillation.top_k=8")
+        start("run_dir=first", *keys)
+        (part,) = place.glob("runs/teacher/*/*.bin")
+        data = bytearray(part.read_bytes())
+        data[100] ^= 1
+        part.write_bytes(data)
+        capfd.readouterr()
+        start("run_dir=second", *keys)
+        assert "does not match its checksum" in capfd.readouterr().err
+        assert weights(place / "first") == weights(place / "second")
+
+    @pytest.mark.parametrize(
+        "overrides, said",
+        [
+            (["loss=reverse_kl"], "whole distribution"),
+            (["distillation.top_k=300"], "exceeds the vocabulary"),
+            (["distillation.teacher=null", "loss=cross_entropy"], "there is no teacher"),
+        ],
+    )
+    def test_what_does_not_fit_is_refused(self, place: Path, overrides: list[str], said: str) -> None:
+        keys = [key for key in self.KEYS if not key.startswith("loss") or overrides[0] == "distillation.top_k=300"]
+        assert said in refusal(*keys, *overrides)
