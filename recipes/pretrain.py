@@ -111,6 +111,8 @@ class Pretrain:
         self.guard = Guard(**vars(cfg.guard))
         self.guard.load_state_dict(saved.state.get("guard", {}))
         self.teacher = plan.teacher
+        if self.teacher:
+            self.teacher.digest = saved.state.get("teacher", "")
         # For bits per byte: the length of each token's text, which special tokens do not have.
         self.token_bytes = torch.from_numpy(self.tokenizer.token_bytes).to(runtime.device)
 
@@ -120,7 +122,7 @@ class Pretrain:
         rates = {"tokens_per_step": plan.tokens_per_step, "flops_per_token": plan.estimate.flops_per_token}
         with launcher.open_monitor(cfg, run, runtime, plan.num_steps, self.step, **rates) as monitor:
             run.update(num_steps=plan.num_steps, parameters=plan.estimate.parameters)
-            if self.teacher and not self.teacher.prepare(self.data, self.step, runtime, monitor):
+            if self.teacher and not self.teacher.prepare(self.model, self.data, self.step, runtime, monitor):
                 monitor.stopped(self.step)
                 return None
             kernels = runtime.attention_kernels(self.model, seq_len=cfg.seq_len, segments=cfg.document_mask)
@@ -182,8 +184,8 @@ class Pretrain:
             losses.append(loss.detach())
         norm = runtime.clip_grad_norm(self.model, self.cfg.max_grad_norm)
         # The only wait for the device. All ranks get equal numbers, so their guards reach equal decisions.
-        terms = self.loss.take_terms() if self.teacher else ()
-        total, norms, *terms = runtime.sum(torch.stack(losses).sum(), norm, *terms)
+        distilled = self.teacher.take_terms() if self.teacher else ()
+        total, norms, *terms = runtime.sum(torch.stack(losses).sum(), norm, *distilled)
         values = {"loss": total / num_tokens, "grad_norm": norms / runtime.world_size}
         values |= {name: term / num_tokens for name, term in zip(TERMS, terms, strict=False)}
         if self.guard.accepts(values["loss"], values["grad_norm"], losses):
@@ -200,10 +202,9 @@ class Pretrain:
         with self.runtime.autocast():
             hidden = self.trained(batch.tokens, mask=batch.mask, input_pos=batch.input_pos, hidden=True)  # [b, s, d]
             states, targets = batch.counted(hidden)
-            given: dict[str, Any] = self.model.loss_settings
             if self.teacher and torch.is_grad_enabled():
-                given["teacher"] = self.teacher.states(batch)
-            summed: Tensor = self.loss(states, self.model.head_weight, targets, **given)
+                return self.teacher.loss(batch, states, targets, self.model)
+            summed: Tensor = self.loss(states, self.model.head_weight, targets, **self.model.loss_settings)
         return summed
 
     @torch.no_grad()
@@ -249,6 +250,7 @@ class Pretrain:
                 "guard": self.guard.state_dict(),
                 "config": config_digest(self.cfg),
                 "data": self.fingerprints,
+                **(self.teacher.state_dict() if self.teacher else {}),
             },
             metrics=metrics,
             wait=wait,
@@ -263,7 +265,7 @@ class Pretrain:
         batch = self.data.step(min(self.step, self.plan.num_steps - 1))[0]
         self._loss(batch.to(self.runtime.device)).backward()
         if self.teacher:
-            self.loss.take_terms()
+            self.teacher.take_terms()
         self.optimizer.zero_grad(set_to_none=True)
 
 

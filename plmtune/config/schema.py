@@ -125,6 +125,19 @@ class DistillationConfig:
         None  # keep so many tokens' log-probabilities; null: none
     )
     cache: Text = "runs/teacher"  # where they are kept, for all runs
+    layers: list[Count] = field(default_factory=list)  # of the model, from 0, whose hidden states imitate the teacher's
+    teacher_layers: list[Count] = field(default_factory=list)  # those that they imitate, one for each
+    layers_weight: Number = 1.0  # in the loss, of the mean squared difference of these hidden states
+
+    def check(self) -> None:
+        """Refuse layers that do not pair."""
+        if len(self.layers) != len(self.teacher_layers) or len(set(self.layers)) < len(self.layers):
+            raise ValueError(
+                f"layers ({self.layers}) and teacher_layers ({self.teacher_layers}) must be equally many, and no layer "
+                "be named twice in layers"
+            )
+        if self.layers and self.top_k is not None:
+            raise ValueError("top_k keeps no hidden states, which layers compares: leave one of them out")
 
 
 @dataclass

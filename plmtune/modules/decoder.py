@@ -226,7 +226,7 @@ class Decoder(nn.Module):
         return effective_weight(self.tok_embeddings if self.tied else self.output)
 
     @property
-    def loss_settings(self) -> dict[str, Any]:
+    def loss_settings(self) -> dict[str, float]:
         """Keywords that a loss over hidden states and `head_weight` needs besides them: soft_cap, if there is one."""
         return {} if self.logit_soft_cap is None else {"soft_cap": self.logit_soft_cap}
 

@@ -211,7 +211,7 @@ def plan_training(
     phases = resolve_phases(getattr(cfg, "phases", ()), tokens_per_step)
     plan = TrainingPlan(tokenizer, model, loss, phases, tokens_per_step, cfg.seq_len, None, epochs)
     if not isinstance(cfg, PreferenceConfig):
-        plan.teacher = find_teacher(cfg.distillation, cfg.loss, tokenizer, cfg.seq_len)
+        plan.teacher = find_teacher(cfg.distillation, cfg.loss, loss, tokenizer, model, cfg.seq_len)
     check_schedule(cfg.scheduler, plan.num_steps, tokens_per_step)
     check_installed(cfg.logger)
     if cfg.runtime.compile:

@@ -1,6 +1,7 @@
 """Runs that learn from a teacher: what they log, that they resume, and what they refuse."""
 
 import contextlib
+import shutil
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 from cli_runs import metrics, nothing_beside, refusal, start, stop_at, weights
 from group import in_group
 from test_resuming import plmtune
+
+from plmtune.errors import UserError
 
 DISTIL = ("loss=forward_kl", "loss.temperature=2", "loss.cross_entropy_weight=0.25")
 
@@ -43,6 +46,14 @@ def test_a_stopped_run_resumes_to_the_same_weights(place: Path, whole: Path, mon
     assert metrics(place / "run") == metrics(place / "undisturbed")
 
 
+def test_a_teacher_that_changed_meanwhile_is_refused(place: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(whole, place / "teacher")
+    stop_at(monkeypatch, 5, "run_dir=run", *DISTIL, "distillation.teacher=teacher")
+    shutil.rmtree(place / "teacher/checkpoints/step-00000012")
+    with pytest.raises(UserError, match="no longer holds the weights"):
+        plmtune("resume", "run")
+
+
 def distil_by_each_strategy(place: Path) -> dict[str, Any]:
     with contextlib.chdir(place), nothing_beside():
         for strategy in ("ddp", "fsdp"):
@@ -61,6 +72,35 @@ def test_two_processes_compute_the_losses_of_one(place: Path, whole: Path) -> No
         for alone, shared in zip(logged(place / f"one{kept}"), logged(place / f"{strategy}{kept}"), strict=True):
             for key in ("loss", "cross_entropy", "divergence"):
                 assert shared[key] == pytest.approx(alone[key], rel=1e-5, abs=1e-7)
+
+
+class TestLayers:
+    KEYS = (*DISTIL, "distillation.layers=[0,1]", "distillation.teacher_layers=[1,0]", "distillation.layers_weight=3")
+
+    def test_the_mean_squared_difference_of_hidden_states_is_part_of_the_loss(self, place: Path, whole: Path) -> None:
+        start("run_dir=run", *self.KEYS, f"distillation.teacher={whole}")
+        for entry in logged(place / "run"):
+            expected = 0.25 * entry["cross_entropy"] + 0.75 * entry["divergence"] + 3 * entry["hidden_difference"]
+            assert entry["loss"] == pytest.approx(expected, rel=1e-5)
+        first, *_, last = logged(place / "run")
+        assert last["hidden_difference"] < first["hidden_difference"]
+
+    def test_equal_layers_of_an_equal_model_have_no_difference(self, place: Path, whole: Path) -> None:
+        keys = (*self.KEYS, "distillation.teacher_layers=[0,1]", "runtime.activation_checkpointing=true")
+        start("run_dir=run", *keys, f"distillation.teacher={whole}", f"init_from={whole}")
+        assert logged(place / "run")[0]["hidden_difference"] < 1e-9
+
+    @pytest.mark.parametrize(
+        "override, said",
+        [
+            ("distillation.layers=[0]", "equally many"),
+            ("distillation.layers=[0,9]", "no layer 9"),
+            ("distillation.top_k=4", "keeps no hidden states"),
+            ("model.embed_dim=32", "have 32 numbers, and the teacher's 64"),
+        ],
+    )
+    def test_what_does_not_pair_is_refused(self, place: Path, whole: Path, override: str, said: str) -> None:
+        assert said in refusal(*self.KEYS, f"distillation.teacher={whole}", override)
 
 
 class TestBadInput:
