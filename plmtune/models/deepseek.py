@@ -54,18 +54,22 @@ def _read(keys: Keys) -> dict[str, Any]:
         raise keys.error(
             "num_key_value_heads", "differs from num_attention_heads, and each head of MLA has its own keys"
         )
-    keys.ignore("head_dim", "qk_head_dim", "embedding_initializer_range")
-    rope = read_rope(keys, 1e4, positions=131072 if keys.model_type == "youtu" else 4096)
+    keys.ignore("embedding_initializer_range")
+    nope, turned = keys.whole("qk_nope_head_dim", 128), keys.whole("qk_rope_head_dim", 64)
+    keys.demand("head_dim", turned)
+    keys.demand("qk_head_dim", nope + turned)
+    positions = {"youtu": 131072, "deepseek_v3": 4096}.get(keys.model_type, 2048)
+    rope = read_rope(keys, 1e4, positions=positions)
     longest = rope.pop("max_seq_len")
     return {
         "attention": {
             "component": "mla",
-            "q_lora_rank": keys.get("q_lora_rank"),
+            "q_lora_rank": keys.optional("q_lora_rank", 1536),
             "kv_lora_rank": keys.get("kv_lora_rank", 512),
-            "qk_nope_head_dim": keys.get("qk_nope_head_dim", 128),
-            "qk_rope_head_dim": keys.get("qk_rope_head_dim", 64),
+            "qk_nope_head_dim": nope,
+            "qk_rope_head_dim": turned,
             "v_head_dim": keys.get("v_head_dim", 128),
-            "rope_interleaved": keys.model_type == "deepseek_v2" or keys.get("rope_interleave", True),
+            "rope_interleaved": keys.model_type == "deepseek_v2" or bool(keys.optional("rope_interleave", True)),
             # transformers' classes leave the latents' norms at their default.
             "latent_eps": 1e-6,
         }

@@ -56,9 +56,9 @@ class Keys:
         self._read.add(name)
         return self._keys.get(name, default)
 
-    def is_null(self, name: str) -> bool:
-        """Whether a key is there and null, where that says something else than a missing one."""
-        return name in self._nulls
+    def optional(self, name: str, default: Any) -> Any:
+        """As `get`, of a key for which null says something else than missing: None."""
+        return self.get(name, None if name in self._nulls else default)
 
     def need(self, name: str) -> Any:
         """The value of a key without a default.
@@ -146,7 +146,7 @@ def decoder_settings(
     kv_heads: int | None = None,
     positions: int | None = None,
     rope_table: Any = None,
-    share: float = 1,
+    **rope_how: Any,
 ) -> dict[str, Any]:
     """Settings of a model with grouped-query attention and RMSNorm, from the keys that most families share.
 
@@ -154,14 +154,14 @@ def decoder_settings(
         ffn: component of the feed-forward layer.
         tie, eps, theta, head_dim, kv_heads, positions: transformers' defaults of the family.
         rope_table: as `read_rope`'s table.
-        share: as `read_rope`'s.
+        rope_how: further arguments of `read_rope`.
     """
     if ffn == "swiglu":
         keys.demand("hidden_act", "silu", "swish")
     heads = keys.whole("num_attention_heads")
-    if keys.is_null("num_key_value_heads"):  # as many as query heads, whatever the class's default
+    if keys.optional("num_key_value_heads", kv_heads) is None:  # as many as query heads, whatever the class's default
         kv_heads = heads
-    rope = read_rope(keys, theta, positions=positions, table=rope_table, share=share)
+    rope = read_rope(keys, theta, positions=positions, table=rope_table, **rope_how)
     longest = rope.pop("max_seq_len")
     return {
         "attention": {
@@ -241,7 +241,14 @@ _ROPE_COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "max
 
 
 def read_rope(
-    keys: Keys, theta: float, *, positions: int | None = None, table: Any = None, share: float = 1
+    keys: Keys,
+    theta: float,
+    *,
+    positions: int | None = None,
+    table: Any = None,
+    kinds: tuple[str, ...] = tuple(_ROPE),
+    share: float | None = None,
+    original: int | None = None,
 ) -> dict[str, Any]:
     """The attention's settings of RoPE, and max_seq_len, from any spelling: of transformers 4 and 5.
 
@@ -249,21 +256,22 @@ def read_rope(
         theta: transformers' default base.
         positions: transformers' default of max_position_embeddings.
         table: of this kind of layer, where kinds have tables of their own.
-        share: transformers' default of partial_rotary_factor.
+        kinds: the types of scaling that the class computes.
+        share: its default of partial_rotary_factor, where it turns a part of each head.
+        original: its default of original_max_position_embeddings, a key of the class.
     """
     longest = keys.whole("max_position_embeddings", positions)
-    original = keys.get("original_max_position_embeddings")
-    for name in ("rope_parameters", "rope_scaling"):
-        table = table or keys.get(name)
-    held = {} if table is None else table
+    # Beside the table it counts more than in it.
+    original = keys.get("original_max_position_embeddings", original)
+    held = _rope_table(keys, table)
     where = f"{keys.path}: RoPE scaling"
-    if not isinstance(held, dict):
-        raise UserError(f"{where} must be a table, not {held!r:.80}.")
-    held = {name: value for name, value in held.items() if value is not None}
     kind = held.get("rope_type", held.get("type", "default"))
-    kind = {"su": "longrope"}.get(kind, kind)
-    if kind not in _ROPE:
-        raise UserError(f"{where} of type {kind!r:.80} is not supported. Known are {', '.join(_ROPE)}.")
+    if kind == "su" or (kind == "yarn" and "yarn" not in kinds):  # old names in files of Phi-3
+        kind = "longrope"
+    if kind in ("linear", "dynamic") and held.get("factor") == 1:
+        kind = "default"
+    if kind not in kinds:
+        raise UserError(f"{where} of type {kind!r:.80} is not supported. Known are {', '.join(kinds)}.")
     # A key of another type is left over from an edit; transformers does not read it.
     known = {*_ROPE_COMMON, *(name for names in _ROPE.values() for name in names)}
     if unknown := [name for name in held if name not in known]:
@@ -271,26 +279,50 @@ def read_rope(
     base = held.get("rope_theta", keys.get("rope_theta", theta))
     scaling: dict[str, Any] = {ours: held[name] for name, ours in _ROPE[kind].items() if name in held}
     if "original_max_position_embeddings" in _ROPE[kind]:
-        scaling.setdefault("original_max_seq_len", original or longest)
+        scaling["original_max_seq_len"] = original or scaling.get("original_max_seq_len", longest)
     if kind in ("yarn", "longrope"):
         scaling.setdefault("factor", longest / scaling["original_max_seq_len"])
-    if kind in ("linear", "dynamic") and scaling.get("factor", 1) == 1:
-        kind, scaling = "default", {}
+    if "factor" in _ROPE[kind] and "factor" not in scaling:
+        raise UserError(f"{where} of type {kind} lacks the key factor.")
     if kind == "dynamic":
         scaling["original_max_seq_len"] = longest
         longest = int(longest * scaling["factor"])
     if kind == "yarn":
         longest = max(longest, int(scaling["original_max_seq_len"] * scaling["factor"]))
-    share = held.get("partial_rotary_factor", keys.get("partial_rotary_factor", share))
     found = {
         "rope_theta": base,
         "rope_scaling": {"component": "none" if kind == "default" else kind} | scaling,
         "max_seq_len": longest,
     }
-    if share != 1:
+    turned = held.get("partial_rotary_factor", keys.get("partial_rotary_factor", share or 1))
+    if turned != 1:
+        if share is None:
+            raise keys.error("partial_rotary_factor", f"is {turned!r:.80}, and model_type {keys.model_type} turns all")
         width = keys.get("head_dim") or keys.need("hidden_size") // keys.need("num_attention_heads")
-        found["rope_dim"] = int(width * share)
+        found["rope_dim"] = int(width * turned)
     return found
+
+
+def _rope_table(keys: Keys, table: Any) -> dict[str, Any]:
+    """The table that describes RoPE, without nulls: the one given, rope_scaling or rope_parameters."""
+    names = ("rope_scaling", "rope_parameters")
+    tables = []
+    for held in [keys.get(name) for name in names] if table is None else [table]:
+        if not held:
+            continue
+        if not isinstance(held, dict):
+            raise UserError(f"{keys.path}: RoPE scaling must be a table, not {held!r:.80}.")
+        tables.append({key: value for key, value in held.items() if value is not None})
+    if len(tables) == 2 and _described(tables[0], keys) != _described(tables[1], keys):
+        raise keys.error("rope_scaling", "differs from rope_parameters: remove one of them, or make them equal")
+    return tables[-1] if tables else {}
+
+
+def _described(table: Mapping[str, Any], keys: Keys) -> dict[str, Any]:
+    """A table of RoPE with what stands beside it in old files."""
+    held = {"rope_type": table.get("type", "default")} | {key: value for key, value in table.items() if key != "type"}
+    beside = {name: keys.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+    return {name: value for name, value in beside.items() if value is not None} | held
 
 
 def write_rope(attention: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:

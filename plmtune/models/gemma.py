@@ -97,11 +97,14 @@ def gemma3(
 
 def _read(keys: Keys) -> dict[str, Any]:
     keys.demand("hidden_activation", "gelu_pytorch_tanh")
-    keys.ignore("hidden_act")  # of old files; transformers reads hidden_activation
+    # Of old files; transformers reads hidden_activation, layer_types and sliding_window_pattern.
+    keys.ignore("hidden_act", "_sliding_window_pattern")
     keys.demand("use_bidirectional_attention", False)
     second = keys.model_type == "gemma2"
-    tables = keys.get("rope_parameters") or {}
-    by_type = "full_attention" in tables
+    tables = {} if second else keys.get("rope_parameters") or {}
+    by_type = "full_attention" in tables and "sliding_attention" in tables
+    if tables and (not by_type or keys.get("rope_scaling")):
+        raise keys.error("rope_parameters", "must hold full_attention and sliding_attention, without rope_scaling")
     theta = 1e4 if second else 1e6
     positions = 8192 if second else 131072
     settings = decoder_settings(
@@ -115,22 +118,23 @@ def _read(keys: Keys) -> dict[str, Any]:
         rope_table=tables["full_attention"] if by_type else None,
     )
     settings["norm"]["unit_offset"] = True
-    period = 2 if second else keys.get("sliding_window_pattern", keys.get("_sliding_window_pattern", 6))
+    period = 2 if second else keys.get("sliding_window_pattern", 6)
     default = [
         "sliding_attention" if (index + 1) % period else "full_attention" for index in range(settings["num_layers"])
     ]
     settings["attention"] |= {
         "bias": keys.get("attention_bias", False),
-        "window": keys.get("sliding_window", 4096),
+        "window": keys.optional("sliding_window", 4096),
         "scale": keys.get("query_pre_attn_scalar", 256) ** -0.5,
-        "soft_cap": keys.get("attn_logit_softcapping", 50.0 if second else None),
+        "soft_cap": keys.optional("attn_logit_softcapping", 50.0) if second else None,
         "qk_norm": not second,
     }
     settings |= {
         "layers": read_layer_types(keys, default),
-        "logit_soft_cap": keys.get("final_logit_softcapping", 30.0 if second else None),
+        "logit_soft_cap": keys.optional("final_logit_softcapping", 30.0 if second else None),
     }
     if not second:
+        keys.ignore("attn_logit_softcapping")  # which transformers' class has and does not apply
         local = read_rope(keys, 1e4, positions=positions, table=tables["sliding_attention"]) if by_type else {}
         settings["local_rope_theta"] = local.get("rope_theta", keys.get("rope_local_base_freq", 1e4))
         if local and local["rope_scaling"] != {"component": "none"}:

@@ -27,6 +27,7 @@ from plmtune.models.gguf_layout import Layout
 from plmtune.models.gguf_match import build
 from plmtune.models.gguf_rope import FREQS, LONG, SHORT
 from plmtune.models.gguf_tokenizer import read_tokenizer
+from plmtune.models.hf import hf_state
 from plmtune.models.hf_config import hf_config
 from plmtune.models.hf_names import Names
 from plmtune.modules.decoder import Decoder
@@ -86,7 +87,7 @@ def convert(
         elif tokenizer.num_tokens > model.vocab_size:
             raise UserError(f"The tokenizer has {tokenizer.num_tokens} tokens, {path} has {model.vocab_size} rows.")
         tokenizer.save(temporary)
-        keys = hf_config(model.config, dtype, one_to_one=True)
+        keys = hf_config(model.config, dtype)
         _write_weights(model, file, architecture.layout, groups, names_of(keys), dtype, temporary)
         write_json(temporary / CONFIG, keys | _ids(file, tokenizer))
         kinds = file.kinds()
@@ -143,11 +144,11 @@ def _write_weights(
     directory: Path,
 ) -> None:  # fmt: skip
     meta = model.state_dict()
-    sizes = {names.hf(name): tensor.numel() * dtype.itemsize for name, tensor in meta.items()}
-    ours = {names.hf(name): name for name in meta}
+    ours = names.groups(meta)
+    sizes = {theirs: sum(meta[name].numel() for name in held) * dtype.itemsize for theirs, held in ours.items()}
     rows = {name: len(tensor) for name, tensor in meta.items()}
 
-    def tensor(name: str) -> Tensor:
+    def read(name: str) -> Tensor:
         found = layout.read(model.config, name, groups, rows, lambda theirs: torch.from_numpy(file.read(theirs)))
         cast = found.to(dtype)
         if not torch.isfinite(cast).all():
@@ -157,6 +158,9 @@ def _write_weights(
 
     dealt = safetensors_writer.deal(sizes, "model")
     for written, held in dealt.items():
-        safetensors_writer.write(directory / written, {name: tensor(ours[name]) for name in held})
+        state: dict[str, Tensor] = {}
+        for theirs in held:
+            state |= hf_state({name: read(name) for name in ours[theirs]}, names)
+        safetensors_writer.write(directory / written, state)
     if len(dealt) > 1:
         write_json(directory / INDEX, safetensors_writer.index(dealt, sizes))

@@ -34,7 +34,7 @@ def llama(
 
 def _read(keys: Keys) -> dict[str, Any]:
     keys.demand("mlp_bias", False)
-    settings = decoder_settings(keys)
+    settings = decoder_settings(keys, positions=2048)
     settings["attention"]["bias"] = keys.get("attention_bias", False)
     return settings
 

@@ -37,12 +37,12 @@ def mistral(
 
 def _read(keys: Keys) -> dict[str, Any]:
     settings = decoder_settings(keys, kv_heads=8, positions=131072)
-    window = keys.get("sliding_window")
+    window = keys.optional("sliding_window", 4096)
     settings["attention"]["window"] = window
     if keys.model_type == "ministral":
-        default = ["sliding_attention" if window else "full_attention"] * settings["num_layers"]
+        default = ["sliding_attention" if window is not None else "full_attention"] * settings["num_layers"]
         return settings | {"layers": read_layer_types(keys, default)}
-    return settings | {"layers": ["local" if window else "global"]}
+    return settings | {"layers": ["local" if window is not None else "global"]}
 
 
 def _write(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def phi3(
 
 def _read(keys: Keys) -> dict[str, Any]:
     keys.demand("attention_bias", False)
-    settings = decoder_settings(keys, eps=1e-5, positions=4096)
+    settings = decoder_settings(keys, eps=1e-5, positions=4096, original=4096, share=1, kinds=("default", "longrope"))
     settings["attention"]["window"] = keys.get("sliding_window")
     return settings
 

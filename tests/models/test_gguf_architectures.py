@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from made_families import FAMILIES, SIZES
 from torch import Tensor
 from torch.nn.functional import gelu
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import plmtune
 from plmtune.errors import UserError
 from plmtune.export.gguf_writer import write_gguf
 from plmtune.export.runtimes import open_runtime
+from plmtune.models.families import by_model_type
 from plmtune.models.gguf import convert
 from plmtune.models.gguf_match import build, match
 from plmtune.models.hf_config import build_on_meta
@@ -121,6 +122,8 @@ class TestFamilies:
         most = 5e-4 if name.startswith("gemma") else 1e-4  # an input of gelu that F16 rounds the other way
         torch.testing.assert_close(in_llama_cpp(tmp_path / "a.gguf"), expected(model)[-1], rtol=0, atol=most)
         convert(tmp_path / "a.gguf", tmp_path / "out")
+        written = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert written["model_type"] in by_model_type()
         loaded, _ = plmtune.load(tmp_path / "out", "cpu")
         state = loaded.state_dict()
         assert state.keys() == model.state_dict().keys()
@@ -169,6 +172,17 @@ class TestRefusals:
         model = made("mistral", tmp_path / "theirs", sliding_window=64)
         write_gguf(model, few_tokens(), tmp_path / "a.gguf", kind="F32")
         torch.testing.assert_close(in_llama_cpp(tmp_path / "a.gguf"), expected(model)[-1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["phi3", "phi4-mini", "gpt2"])
+@torch.no_grad()
+def test_a_converted_file_has_the_fused_matrices_of_its_family(name: str, tmp_path: Path) -> None:
+    model = made(name, tmp_path / "theirs")
+    write_gguf(model, few_tokens(), tmp_path / "a.gguf", kind="F32")
+    convert(tmp_path / "a.gguf", tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, attn_implementation="eager")
+    logits = theirs.eval()(torch.tensor([IDS])).logits[0].log_softmax(-1)
+    torch.testing.assert_close(logits, expected(model), rtol=0, atol=1e-4)
 
 
 def test_divisors_of_frequencies_that_are_not_llama_3s_are_kept(tmp_path: Path) -> None:
