@@ -35,6 +35,7 @@ from plmtune.training.preflight import TrainingPlan
 from plmtune.training.resume_checks import config_digest, refuse_other_order
 from plmtune.training.run_setup import open_batches, open_run
 from plmtune.training.runtime import Runtime
+from plmtune.training.teacher import TERMS
 from plmtune.training.trainer_state import TrainerState, best_checkpoint_notes, load_optimizer_state
 
 CONFIG = "pretrain"  # conf/pretrain.yaml
@@ -109,6 +110,9 @@ class Pretrain:
         self.order: str = saved.state.get("order", "")  # a running hash of the samples, in their order
         self.guard = Guard(**vars(cfg.guard))
         self.guard.load_state_dict(saved.state.get("guard", {}))
+        self.teacher = plan.teacher
+        if self.teacher:
+            self.teacher.digest = saved.state.get("teacher", "")
         # For bits per byte: the length of each token's text, which special tokens do not have.
         self.token_bytes = torch.from_numpy(self.tokenizer.token_bytes).to(runtime.device)
 
@@ -118,6 +122,9 @@ class Pretrain:
         rates = {"tokens_per_step": plan.tokens_per_step, "flops_per_token": plan.estimate.flops_per_token}
         with launcher.open_monitor(cfg, run, runtime, plan.num_steps, self.step, **rates) as monitor:
             run.update(num_steps=plan.num_steps, parameters=plan.estimate.parameters)
+            if self.teacher and not self.teacher.prepare(self.model, self.data, self.step, runtime, monitor):
+                monitor.stopped(self.step)
+                return None
             kernels = runtime.attention_kernels(self.model, seq_len=cfg.seq_len, segments=cfg.document_mask)
             reasons = [*runtime.reasons, f"attention: {kernels}"]
             if cfg.runtime.deterministic:
@@ -177,8 +184,10 @@ class Pretrain:
             losses.append(loss.detach())
         norm = runtime.clip_grad_norm(self.model, self.cfg.max_grad_norm)
         # The only wait for the device. All ranks get equal numbers, so their guards reach equal decisions.
-        total, norms = runtime.sum(torch.stack(losses).sum(), norm)
+        distilled = self.teacher.take_terms() if self.teacher else ()
+        total, norms, *terms = runtime.sum(torch.stack(losses).sum(), norm, *distilled)
         values = {"loss": total / num_tokens, "grad_norm": norms / runtime.world_size}
+        values |= {name: term / num_tokens for name, term in zip(TERMS, terms, strict=False)}
         if self.guard.accepts(values["loss"], values["grad_norm"], losses):
             self.optimizer.step()
         else:
@@ -193,6 +202,8 @@ class Pretrain:
         with self.runtime.autocast():
             hidden = self.trained(batch.tokens, mask=batch.mask, input_pos=batch.input_pos, hidden=True)  # [b, s, d]
             states, targets = batch.counted(hidden)
+            if self.teacher and torch.is_grad_enabled():
+                return self.teacher.loss(batch, states, targets, self.model)
             summed: Tensor = self.loss(states, self.model.head_weight, targets, **self.model.loss_settings)
         return summed
 
@@ -239,6 +250,7 @@ class Pretrain:
                 "guard": self.guard.state_dict(),
                 "config": config_digest(self.cfg),
                 "data": self.fingerprints,
+                **(self.teacher.state_dict() if self.teacher else {}),
             },
             metrics=metrics,
             wait=wait,
@@ -252,6 +264,8 @@ class Pretrain:
         """A forward and a backward that change nothing."""
         batch = self.data.step(min(self.step, self.plan.num_steps - 1))[0]
         self._loss(batch.to(self.runtime.device)).backward()
+        if self.teacher:
+            self.teacher.take_terms()
         self.optimizer.zero_grad(set_to_none=True)
 
 

@@ -33,7 +33,7 @@ ALLOWED: dict[str, str] = {
     "quantization": "io registry modules tokenizers models data",
     "inference": "io modules native tokenizers",
     "plmtune": "registry modules tokenizers models inference",  # plmtune/__init__.py
-    "training": "io registry config optim modules tokenizers models data quantization",
+    "training": "io registry config losses optim modules tokenizers models data quantization",
     "preference": "io registry config losses sandbox modules tokenizers models data inference training",
     "evaluation": "io config sandbox modules tokenizers models data inference training",
     "export": "io registry modules tokenizers models plmtune quantization",

@@ -78,7 +78,7 @@ def generate(
     try:
         speed = stream(pieces)
     except ValueError as error:
-        raise UserError(f"{error}. Shorten the prompt.") from error
+        raise UserError(f"{error}.{' Shorten the prompt.' if room < 1 else ''}") from error
     except FloatingPointError as error:
         raise UserError(f"{checkpoint}: {error}.") from error
     terminal.say(speed)

@@ -109,6 +109,14 @@ class _Number(click.FloatRange):
         return number if math.isfinite(number) else self.fail(f"{number} is no finite number.", param, ctx)
 
 
+class _Seed(click.types.IntParamType):
+    """A whole number of 64 bits, as torch takes; a chat adds the number of its answers."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        return number if -(2**63) <= number < 2**63 else self.fail(f"{number} has more than 64 bits.", param, ctx)
+
+
 def _stops(_: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> tuple[str, ...]:
     if "" in texts:
         raise click.BadParameter("a stop string is empty: an answer would end before it begins.", param=parameter)
@@ -142,7 +150,7 @@ sampling_options = several(
         multiple=True,
         callback=_stops,
     ),
-    option("--seed N", "Seed the sampling with N.", type=int, default=0),
+    option("--seed N", "Seed the sampling with N.", type=_Seed(), default=0),
 )
 
 

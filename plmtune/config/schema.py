@@ -117,6 +117,30 @@ class GuardConfig:
 
 
 @dataclass
+class DistillationConfig:
+    """The model that the trained one learns from, with loss=forward_kl, reverse_kl or jsd."""
+
+    teacher: Text | None = None  # a run, a checkpoint or a model directory, with the same tokenizer
+    top_k: Annotated[int, Range(least=1, most=65_536)] | None = (
+        None  # keep so many tokens' log-probabilities; null: none
+    )
+    cache: Text = "runs/teacher"  # where they are kept, for all runs
+    layers: list[Count] = field(default_factory=list)  # of the model, from 0, whose hidden states imitate the teacher's
+    teacher_layers: list[Count] = field(default_factory=list)  # those that they imitate, one for each
+    layers_weight: Number = 1.0  # in the loss, of the mean squared difference of these hidden states
+
+    def check(self) -> None:
+        """Refuse layers that do not pair."""
+        if len(self.layers) != len(self.teacher_layers) or len(set(self.layers)) < len(self.layers):
+            raise ValueError(
+                f"layers ({self.layers}) and teacher_layers ({self.teacher_layers}) must be equally many, and no layer "
+                "be named twice in layers"
+            )
+        if self.layers and self.top_k is not None:
+            raise ValueError("top_k keeps no hidden states, which layers compares: leave one of them out")
+
+
+@dataclass
 class SampleConfig:
     """What to write at the end of a run, for a person to read."""
 
@@ -173,6 +197,7 @@ class PretrainConfig(TrainingConfig):
     micro_batch_size: Length = 8  # sequences a forward pass, on one process
     document_mask: bool = False  # attention stays inside a document
     phases: list[PhaseConfig] = field(default_factory=list)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     num_workers: Annotated[int, Range(0, most=256)] = 0  # threads that make steps ahead; 0: none
     preparation: PreparationConfig = field(default_factory=PreparationConfig)
 
@@ -218,6 +243,7 @@ class SftConfig(FinetuningConfig):
     micro_batch_size: Length = 4  # rows a forward pass, on one process
     epochs: Epochs | None = None  # passes over all packed rows of all sources; default, where there are no phases: 3
     phases: list[PhaseConfig] = field(default_factory=list)  # instead of epochs
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     num_workers: Annotated[int, Range(0, most=256)] = 0  # threads that make steps ahead; 0: none
 
     def check(self) -> None:

@@ -69,6 +69,11 @@ class Batch:
     num_valid: int  # targets that count, known without asking the device
     # [num_valid] int64, theirs in `targets.flatten()`, so that no other hidden state is multiplied with the vocabulary
     positions: Tensor | None = None  # None: all count
+    # Of a teacher's most likely tokens at the targets that count: ids and log-probabilities, [num_valid, k], and the
+    # log-probability of the other tokens together, [num_valid].
+    top_ids: Tensor | None = None
+    top_log_probs: Tensor | None = None
+    top_log_rest: Tensor | None = None
 
     def counted(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Select from hidden (Tensor), [b, s, d]: the hidden states [n, d] of the targets that count, and these [n]."""
@@ -89,6 +94,10 @@ def moved(batch: Any, device: torch.device | str) -> dict[str, Any]:
         for field in fields(batch)
         if isinstance(value := getattr(batch, field.name), Tensor)
     }
+
+
+# From the rows of a micro-batch: further fields of its batch.
+Attach = Callable[[Sequence[Row]], dict[str, Any]]
 
 
 def make_batch(rows: Sequence[Row]) -> Batch:
@@ -150,6 +159,7 @@ class Batches:
         self.held_out = [held_out[name] for name in self.rows if name in held_out]
         (self.seq_len,) = {source.seq_len for source in (*self.rows.values(), *self.held_out)}
         self.micro_batch_size, self.num_workers = micro_batch_size, num_workers
+        self.attach: Attach | None = None
         self.rank, self.world_size = rank, world_size
         self.order = Order(
             {name: source.num_rows for name, source in rows.items()},
@@ -203,7 +213,7 @@ class Batches:
         rows = [self.rows[name].row(index) for name, index in self._mine(step)]
         per_rank = -(-len(self.order.step(step)[0]) // self.world_size)
         example = next(source for source in self.rows.values() if source.num_rows)
-        return list(self._batches(_filled(rows, per_rank, lambda: example.row(0))))
+        return list(self._batches(_filled(rows, per_rank, lambda: example.row(0)), self.attach))
 
     def iterate(self, start: int = 0) -> Generator[tuple[int, list[Batch]], None, None]:
         """Yield (step, micro-batches) from `start` to the end; threads, if any, prepare them ahead.
@@ -259,9 +269,25 @@ class Batches:
 
         yield from self._batches(_filled([row(index) for index in mine], per_rank, lambda: row(0)))
 
-    def _batches(self, rows: Sequence[Row]) -> Iterator[Batch]:
+    def _batches(self, rows: Sequence[Row], attach: Attach | None = None) -> Iterator[Batch]:
         for first in range(0, len(rows), self.micro_batch_size):
-            yield make_batch(rows[first : first + self.micro_batch_size])
+            chosen = rows[first : first + self.micro_batch_size]
+            batch = make_batch(chosen)
+            if attach:
+                batch = replace(batch, **attach(chosen))
+            yield batch
+
+    def distinct_rows(self, start: int = 0) -> list[tuple[str, int]]:
+        """Return (source, row) of every row that the steps from `start` on read, on any rank, once and in order."""
+        found: set[tuple[int, int]] = set()
+        for step in range(start, self.num_steps):
+            found.update(zip(*(part.tolist() for part in self.order.step(step)), strict=True))
+        return [(self.order.names[source], row) for source, row in sorted(found)]
+
+    def filler(self) -> Row:
+        """Return a row without a target that counts."""
+        (row,) = _filled([], 1, lambda: next(source for source in self.rows.values() if source.num_rows).row(0))
+        return row
 
     def epochs(self) -> dict[str, float]:
         """Return how often the run sees each row of a source."""

@@ -253,7 +253,7 @@ def _of_gguf(path: Path, model: Decoder) -> Contents:
         unknown=tuple(sorted(set(held) - set(groups) - {FREQS, LONG, SHORT})),
         rows=embedding.shape[0] if embedding is not None else None,
         tokenizer=tables,
-        ordinary=tuple(kind == TokenType.NORMAL for kind in said("ggml.token_type", list) or ()),
+        ordinary=tuple(kind in (TokenType.NORMAL, TokenType.BYTE) for kind in said("ggml.token_type", list) or ()),
         pre=said("ggml.pre", str),
         template=said("chat_template", str),
         ends=said("ggml.eos_token_id", int, _DEFAULT_EOS.get(str(said("ggml.model", str)))),

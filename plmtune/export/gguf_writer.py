@@ -29,7 +29,7 @@ from gguf.quants import quantize
 from torch import Tensor
 
 from plmtune.errors import UserError
-from plmtune.export.huggingface import answer_end
+from plmtune.export.gguf_vocabulary import shown_name, vocabulary_keys
 from plmtune.export.lint import WRITTEN, stored_bytes, stored_type
 from plmtune.io.atomic import atomic_write, check_room
 from plmtune.models.adapters import ADAPTERS, find_base, load_adapter, read_model_config
@@ -37,15 +37,11 @@ from plmtune.models.assemble import component_from_config
 from plmtune.models.checkpoint_files import ADAPTER_CONFIG, Stored, locate, model_name, read_json
 from plmtune.models.gguf_layout import to_neighbours
 from plmtune.models.gguf_match import Match, match
-from plmtune.models.gguf_tokenizer import NO_MERGE, PRE_TOKENIZERS
 from plmtune.models.hf_names import our_name
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import adapted
 from plmtune.modules.quantized import Quantized
-from plmtune.tokenizers.bpe import SINGLE_BYTES
-from plmtune.tokenizers.library import Library
 from plmtune.tokenizers.tokenizer import Tokenizer
-from plmtune.tokenizers.tokenizer_json import NEVER_IN_UTF8, to_chars
 
 _CHUNK = 1 << 24  # numbers that are converted at a time
 _MOST_FP16 = 65504.0
@@ -118,11 +114,12 @@ def write_gguf(
     odd = sorted({part.shape[-1] for part in parts if part.kind == "F16" and kind not in ("F16", "F32")})
     if odd:
         notes.append(f"Matrices with rows of {', '.join(map(str, odd))} numbers are F16: {kind} takes multiples of 32.")
-    vocabulary, more = _vocabulary(tokenizer, model.vocab_size)
+    vocabulary, more = vocabulary_keys(tokenizer, model.vocab_size)
+    shown = shown_name(name or path.stem, tokenizer)
 
     def write_metadata(writer: GGUFWriter) -> None:
         writer.add_type(GGUFType.MODEL)
-        writer.add_name(name or path.stem)
+        writer.add_name(shown)
         writer.add_file_type(LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
         writer.add_quantization_version(2)
         _write_model_keys(writer, found)
@@ -228,61 +225,6 @@ def _holders(groups: Mapping[str, tuple[str, ...]], ours: str) -> tuple[list[str
 def _in_order(numbers: Callable[[], Tensor], heads: int | None) -> Callable[[], Tensor]:
     """The same with the rows as llama.cpp has them; see `heads_of_halves`."""
     return numbers if heads is None else lambda: to_neighbours(numbers(), heads)
-
-
-def _vocabulary(tokenizer: Tokenizer, rows: int) -> tuple[dict[str, Any], list[str]]:
-    """The keys of a tokenizer, and notes."""
-    held, ggml = tokenizer.vocabulary, Keys.Tokenizer
-    if isinstance(held, Library):
-        raise UserError("The tokenizer is run by the tokenizers library, which GGUF has no form for. Use --to hf.")
-    pre = next((name for name, (pattern, _, _) in PRE_TOKENIZERS.items() if pattern == held.pattern), None)
-    if not held.merges:
-        pre = "gpt-2"  # whatever the pieces are, each byte is a token
-    if pre == "llama-bpe" and held.unreachable:
-        pre = "smaug-bpe"  # the same pattern, but no whole piece becomes a token that merges do not make
-    tokens = {identity: (to_chars(token), TokenType.NORMAL) for identity, token in held.unreachable.items()}
-    tokens |= {i: (to_chars(token), TokenType.NORMAL) for i, token in zip(held.ids, held.tokens, strict=True)}
-    tokens |= {identity: (text, TokenType.USER_DEFINED) for text, identity in held.added.items()}
-    tokens |= {identity: (text, TokenType.CONTROL) for text, identity in held.specials.items()}
-    listed = [tokens.get(i, (f"[PAD{i}]", TokenType.UNUSED)) for i in range(rows)]
-    cause = None
-    if held.whole and pre != "llama-bpe":
-        cause = "has tokens that only a whole piece of text gives, which llama.cpp has for Llama 3's pattern alone"
-    elif pre is None:
-        cause = "cuts text in a way that llama.cpp does not know"
-    elif len({text for text, _ in listed}) < rows:
-        cause = "has two tokens of one text, at which llama.cpp aborts"
-    if cause is not None or pre is None:
-        # llama.cpp aborts on text if a file has no tokenizer.
-        raise UserError(f"The tokenizer {cause}, so GGUF cannot hold it. Use --to hf.")
-    chars = [to_chars(token) for token in held.tokens]
-    keys: dict[str, Any] = {
-        ggml.MODEL: "gpt2",
-        ggml.PRE: pre,
-        ggml.LIST: [text for text, _ in listed],
-        ggml.TOKEN_TYPE: [kind for _, kind in listed],
-        ggml.MERGES: [f"{chars[left]} {chars[right]}" for left, right in held.merges] or [NO_MERGE],
-        ggml.EOS_ID: tokenizer.eos_id,
-        ggml.EOT_ID: answer_end(tokenizer),
-        ggml.PAD_ID: tokenizer.eos_id,
-        # Without this key llama.cpp uses token 11; it precedes a text only if the next key is true.
-        ggml.BOS_ID: tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id,
-        ggml.ADD_BOS: tokenizer.adds_bos,
-    }
-    if tokenizer.chat_template is not None:
-        keys[ggml.CHAT_TEMPLATE] = tokenizer.chat_template
-    notes = []
-    if held.normalization is not None:
-        notes.append(
-            f"llama.cpp does not bring text to {held.normalization}, as this tokenizer does: normalize it before."
-        )
-    lacking = sorted({byte[0] for byte in set(SINGLE_BYTES) - set(held.tokens)} - NEVER_IN_UTF8)
-    if lacking:
-        notes.append(
-            f"The tokenizer has no token for {len(lacking)} bytes ({', '.join(f'{byte:#04x}' for byte in lacking[:5])}"
-            f"{', ...' if len(lacking) > 5 else ''}): llama.cpp may cut what stands around one elsewhere."
-        )
-    return keys, notes
 
 
 def _write(

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+from gguf import TokenType
 
 from plmtune.export import probe_texts
 from plmtune.export.contents import Contents, tokenizer_tables
 from plmtune.export.huggingface import end_ids
 from plmtune.export.report import Report
 from plmtune.export.runtimes import InferenceRuntime, open_runtime
+from plmtune.models.gguf_sentencepiece import as_in_llama_cpp, is_sentencepiece, spaces_of, written_tokens
 from plmtune.models.gguf_tokenizer import PRE_TOKENIZERS
 from plmtune.tokenizers.chat_template import ChatTemplate
+from plmtune.tokenizers.library import Library
 from plmtune.tokenizers.message import BadRow
 from plmtune.tokenizers.tokenizer import Tokenizer
 
@@ -44,8 +48,11 @@ def compare_ids(
     specials = tuple(tokenizer.specials)
     lines = probe_texts.lines(specials)
 
+    # What a GGUF file can say is compared exactly; what llama.cpp always does otherwise is a figure.
+    wanted = as_in_llama_cpp(tokenizer) if runtime.name.startswith("llama.cpp") else tokenizer
+
     def ids(text: str) -> list[int]:
-        return tokenizer.with_bos(tokenizer.encode(text, specials=True))
+        return wanted.with_bos(wanted.encode(text, specials=True))
 
     found: list[tuple[str, list[int], list[int]]] = []
     for line in lines:
@@ -59,6 +66,11 @@ def compare_ids(
     if not found and not vocabulary_differs and contents.tokenizer:  # a token that none of the texts has
         cause = _table_cause(tokenizer, contents) or _type_cause(tokenizer, contents)
         report.add("vocabulary: that differs", int(cause is not None), 0, cause=cause)
+    if wanted is not tokenizer:
+        other = [line for line in lines if tokenizer.with_bos(tokenizer.encode(line, specials=True)) != ids(line)]
+        assert isinstance(tokenizer.vocabulary, Library)
+        said = f"of {len(lines)}: {spaces_of(tokenizer.vocabulary).difference}"
+        report.add("token ids: texts with other spaces", len(other), None, said)
     if tokenizer.vocabulary.normalization is None:
         return
     decomposed = probe_texts.DECOMPOSED
@@ -119,6 +131,9 @@ def _type_cause(tokenizer: Tokenizer, contents: Contents) -> str | None:
     """The first token that is special on one side alone; None: there is none."""
     vocabulary = tokenizer.vocabulary
     special = {*vocabulary.added.values(), *vocabulary.specials.values()}
+    if isinstance(vocabulary, Library) and is_sentencepiece(vocabulary) and contents.pre == "default":
+        with suppress(ValueError):
+            special -= {at for at, (_, kind, _) in written_tokens(vocabulary).items() if kind == TokenType.NORMAL}
     for at, text in enumerate(tokenizer_tables(tokenizer)["tokens"]):
         if text and at < len(contents.ordinary) and contents.ordinary[at] == (at in special):
             sides = ("ordinary text", "special") if at in special else ("special", "ordinary text")

@@ -73,11 +73,12 @@ def penalize(logits: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> T
     """
     if penalty == 1:
         return logits
-    logits = logits.clone()
+    logits, numbers = logits.clone(), torch.finfo(logits.dtype)
+    penalty, most = max(penalty, numbers.tiny), numbers.max  # near 0 it is 0 in fp32, and scores exceed fp32
     for row, ids in zip(logits, seen, strict=True):
         known = torch.tensor([i for i in set(ids) if i < len(row)], dtype=torch.long, device=row.device)
         scores = row[known]
-        row[known] = torch.where(scores < 0, scores * penalty, scores / penalty)
+        row[known] = torch.where(scores < 0, scores * penalty, scores / penalty).clamp(-most, most)
     return logits
 
 

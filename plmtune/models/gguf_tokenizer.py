@@ -7,9 +7,22 @@ from typing import Any
 
 from plmtune.errors import UserError
 from plmtune.models.gguf_file import GGUFFile
-from plmtune.tokenizers import tokenizer_json, tokenizer_json_writer
+from plmtune.models.gguf_pre import SPLITS, split_steps
+from plmtune.models.gguf_sentencepiece import (
+    BYTES,
+    CONTROL,
+    NORMAL,
+    PHI3_NAMES,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    check_scores,
+    read_pieces,
+)
+from plmtune.tokenizers import tokenizer_json_writer
 from plmtune.tokenizers.bpe import DIGITS_GPT2_PATTERN, GPT2_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN, Normalization
 from plmtune.tokenizers.tokenizer import Tokenizer
+from plmtune.tokenizers.tokenizer_files import engine
 
 # How a text is cut, by llama.cpp's name for it: pattern, normalization, and whether a token that is a whole
 # piece is taken without looking at merges.
@@ -33,7 +46,7 @@ PRE_TOKENIZERS |= dict.fromkeys(("refact", "command-r", "codeshell", "exaone", "
 PRE_TOKENIZERS["dbrx"] = PRE_TOKENIZERS["smaug-bpe"]
 # llama.cpp does not read a list without merges; this one of bytes that UTF-8 never uses does not act.
 NO_MERGE = "ÿ ÿ"
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = range(1, 6)
+_REMEDY = "Give another with --tokenizer."
 
 
 def read_tokenizer(file: GGUFFile, rows: int) -> Tokenizer:
@@ -45,48 +58,46 @@ def read_tokenizer(file: GGUFFile, rows: int) -> Tokenizer:
     Raises:
         UserError: if it cannot be represented with the same ids.
     """
-    remedy = "Give another with --tokenizer."
     where, metadata = f"{file.path}, its tokenizer", file.metadata
-    model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
-    if model != "gpt2":
-        raise UserError(f"{where}: model {model!r:.80} is not supported, only byte-level BPE (gpt2) is. {remedy}")
-    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
-        known = ", ".join(sorted(PRE_TOKENIZERS))
-        raise UserError(f"{where}: the pre-tokenizer {pre!r:.80} is not supported ({known} are). {remedy}")
-    tokens, merges = _list(file, "tokens", str), _list(file, "merges", str)
-    merges = [] if merges == [NO_MERGE] else merges
-    kinds = _list(file, "token_type", int)
+    model = metadata.get("tokenizer.ggml.model")
+    if model not in ("gpt2", "llama"):
+        raise UserError(
+            f"{where}: model {model!r:.80} is not supported, only byte-level BPE (gpt2) and SentencePiece's BPE "
+            f"(llama) are. {_REMEDY}"
+        )
+    tokens, kinds = _list(file, "tokens", str), _list(file, "token_type", int)
     if len(kinds) != len(tokens) or len(tokens) > rows:
         raise UserError(f"{where}: {len(tokens)} tokens, their types and the model's {rows} rows do not fit together.")
-    if not set(kinds) <= {_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED}:
-        raise UserError(f"{where}: it holds tokens of types other than 1 to 5, so it is not byte-level. {remedy}")
-    eos, bos_id = _special(file, "eos"), metadata.get("tokenizer.ggml.bos_token_id")
+    pre = metadata.get("tokenizer.ggml.pre", "default")
+    defaults = {"bos": 1, "eos": 2} if model == "llama" else {}
+    eos, bos_id = _special(file, "eos", defaults), metadata.get("tokenizer.ggml.bos_token_id", defaults.get("bos"))
     adds_bos = metadata.get("tokenizer.ggml.add_bos_token")
-    adds_bos = pre in _LLAMA3 and bos_id is not None if adds_bos is None else bool(adds_bos)
+    if adds_bos is None:
+        adds_bos = (pre in _LLAMA3 or model == "llama") and bos_id is not None
     bos = None
-    if adds_bos or (type(bos_id) is int and 0 <= bos_id < len(kinds) and kinds[bos_id] in (_UNKNOWN, _CONTROL)):
-        bos = _special(file, "bos")
+    if adds_bos or (type(bos_id) is int and 0 <= bos_id < len(kinds) and kinds[bos_id] in (UNKNOWN, CONTROL)):
+        bos = _special(file, "bos", defaults)
         if bos == eos and not adds_bos:
             bos = None  # llama.cpp needs a token: files of tokenizers without one (Qwen2's) name eos
-    vocab: dict[str, int] = {}
-    added = []
+    seen: dict[str, int] = {}
     for identity, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
-        if kind == _UNUSED:  # a padding row
-            continue
-        if token in vocab:
-            raise UserError(f"{where}: {token!r:.80} has the ids {vocab[token]} and {identity}. {remedy}")
-        vocab[token] = identity
-        if kind != _NORMAL or token in (eos, bos):
-            special = kind != _USER_DEFINED or token in (eos, bos)
-            added.append(tokenizer_json_writer.added_token(identity, token, special=special))
-    pattern, normalization, ignore_merges = PRE_TOKENIZERS[pre]
-    data = tokenizer_json_writer.skeleton(pattern, normalization)
-    data["model"] |= {"vocab": vocab, "merges": merges, "ignore_merges": ignore_merges}
-    data["added_tokens"] = added
+        if kind != UNUSED and seen.setdefault(token, identity) != identity:  # else a padding row
+            raise UserError(f"{where}: {token!r:.80} has the ids {seen[token]} and {identity}. {_REMEDY}")
+    data = _sentencepiece(file, tokens, kinds, where) if model == "llama" else _byte_level(file, tokens, kinds, where)
+    for entry in data["added_tokens"]:
+        entry["special"] |= entry["content"] in (eos, bos)
+    held = {entry["content"] for entry in data["added_tokens"]}
+    data["added_tokens"] += [
+        tokenizer_json_writer.added_token(seen[text], text, special=True)
+        for text in dict.fromkeys((eos, bos))
+        if text in seen and text not in held
+    ]
+    data["added_tokens"].sort(key=lambda entry: entry["id"])
     template = metadata.get("tokenizer.chat_template")
     try:
         # As JSON, so that a GGUF file is checked as a tokenizer.json is.
-        vocabulary = tokenizer_json.parse(json.loads(json.dumps(data)), where)
+        data = json.loads(json.dumps(data))
+        vocabulary = engine(data, where)
         template = template if isinstance(template, str) else None
         ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom")]
         return Tokenizer(
@@ -95,11 +106,54 @@ def read_tokenizer(file: GGUFFile, rows: int) -> Tokenizer:
             vocab_size=rows,
             chat_template=template,
             bos=bos,
-            adds_bos=adds_bos,
+            adds_bos=bool(adds_bos),
             ends=[identity for identity in ends if type(identity) is int and 0 <= identity < len(tokens)],
         )
     except ValueError as error:
         raise UserError(f"{where}: {error}.") from error
+
+
+def _byte_level(file: GGUFFile, tokens: list[str], kinds: list[int], where: str) -> dict[str, Any]:
+    """The tokenizer.json of a byte-level BPE."""
+    pre = file.metadata.get("tokenizer.ggml.pre", "default")
+    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS.keys() | SPLITS.keys():
+        known = ", ".join(sorted(PRE_TOKENIZERS.keys() | SPLITS.keys()))
+        raise UserError(f"{where}: the pre-tokenizer {pre!r:.80} is not supported ({known} are). {_REMEDY}")
+    merges = _list(file, "merges", str)
+    if not set(kinds) <= {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED}:
+        raise UserError(f"{where}: it holds tokens of types other than 1 to 5, so it is not byte-level. {_REMEDY}")
+    pattern, normalization, ignore_merges = PRE_TOKENIZERS.get(pre, ("", None, False))
+    data = tokenizer_json_writer.skeleton(pattern, normalization)
+    if pre in SPLITS:
+        data["pre_tokenizer"]["pretokenizers"] = split_steps(SPLITS[pre])
+    held = [(i, token, kind) for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != UNUSED]
+    vocab = {token: identity for identity, token, _ in held}
+    merges = [] if merges == [NO_MERGE] else merges
+    data["model"] |= {"vocab": vocab, "merges": merges, "ignore_merges": ignore_merges}
+    data["added_tokens"] = [
+        tokenizer_json_writer.added_token(identity, token, special=kind != USER_DEFINED)
+        for identity, token, kind in held
+        if kind != NORMAL
+    ]
+    return data
+
+
+def _sentencepiece(file: GGUFFile, tokens: list[str], kinds: list[int], where: str) -> dict[str, Any]:
+    """The tokenizer.json of pieces with scores."""
+    metadata, scores = file.metadata, _list(file, "scores", float)
+    if len(scores) != len(tokens) or not set(kinds) <= set(range(NORMAL, BYTES + 1)):
+        raise UserError(
+            f"{where}: {len(tokens)} tokens, {len(scores)} scores and types from 1 to 6 do not fit together."
+        )
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    name = str(metadata.get("general.name", "")).lower()
+    held = [
+        (identity, token, kind, score)
+        for identity, (token, kind, score) in enumerate(zip(tokens, kinds, scores, strict=True))
+        if kind != UNUSED
+    ]
+    check_scores({token: score for _, token, kind, score in held if kind == NORMAL and len(token) > 1}, where, _REMEDY)
+    return read_pieces(held, prefix=bool(prefix), strips=any(part in name for part in PHI3_NAMES))
 
 
 def _list(file: GGUFFile, name: str, kind: type) -> list[Any]:
@@ -109,10 +163,10 @@ def _list(file: GGUFFile, name: str, kind: type) -> list[Any]:
     raise UserError(f"{file.path}: tokenizer.ggml.{name} is missing or damaged. Give a tokenizer with --tokenizer.")
 
 
-def _special(file: GGUFFile, name: str) -> str:
+def _special(file: GGUFFile, name: str, defaults: dict[str, int]) -> str:
     """The text of the token that begins (bos) or ends (eos) a document."""
     key = f"tokenizer.ggml.{name}_token_id"
-    identity, tokens = file.metadata.get(key), file.metadata.get("tokenizer.ggml.tokens")
+    identity, tokens = file.metadata.get(key, defaults.get(name)), file.metadata.get("tokenizer.ggml.tokens")
     if type(identity) is not int or not isinstance(tokens, list) or not 0 <= identity < len(tokens):
         raise UserError(
             f"{file.path}: {key} is {identity!r:.80}, which is not a token. Give a tokenizer with --tokenizer."

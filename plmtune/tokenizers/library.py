@@ -55,19 +55,19 @@ class Library:
         vocab = check_vocabulary(model, where)
         self.where = where
         # Post-processors put tokens around a text, which `Tokenizer.with_bos` does; the others depend on the caller.
-        self._data = data | {"truncation": None, "padding": None, "post_processor": None}
+        self.data = data | {"truncation": None, "padding": None, "post_processor": None}
         for key in ("normalizer", "pre_tokenizer", "decoder"):
-            _check_steps(key, _steps(data, key, where), where)
+            _check_steps(key, steps_of(data, key, where), where)
         self.specials, self.added, _ = added_tokens(data.get("added_tokens"), where, every_flag=True)
         check_added(self.specials | self.added, vocab, where)
         for feature in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(feature):
                 raise UserError(f"{where}: {feature} ({model[feature]!r:.40}) of the model is not supported.")
-        piece = _Pieces(_steps(data, "decoder", where), where)
+        piece = _Pieces(steps_of(data, "decoder", where), where)
         texts = {identity: token for token, identity in (vocab | self.added).items()}
         self.pieces = {identity: piece.bytes_of(token) for identity, token in texts.items()}
         self.pieces |= {identity: text.encode() for text, identity in self.specials.items()}
-        self._with_specials = self._open(self._data)
+        self._with_specials = self._open(self.data)
         ids = self.encode(["a"], specials=True)[0].tolist()
         self.adds_space = b"".join(self.pieces.get(identity, b"") for identity in ids) == b" a"
 
@@ -92,7 +92,7 @@ class Library:
 
     def render(self, changes: dict[str, Any]) -> str:
         """Return the tokenizer.json."""
-        return json.dumps(self._data | changes, ensure_ascii=False, separators=(",", ":"))
+        return json.dumps(self.data | changes, ensure_ascii=False, separators=(",", ":"))
 
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
@@ -100,7 +100,7 @@ class Library:
 
         Their tokens get names in the model that no text has: a model may make them of text, too.
         """
-        model: dict[str, Any] = dict(self._data["model"])
+        model: dict[str, Any] = dict(self.data["model"])
         names = {text: f"\U0010ffff{secrets.token_hex(16)}{text}" for text in self.specials}
         if isinstance(model["vocab"], list):
             model["vocab"] = [[names.get(text, text), score] for text, score in model["vocab"]]
@@ -109,8 +109,8 @@ class Library:
             model["unk_token"] = names.get(model.get("unk_token", ""), model.get("unk_token"))
             pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
             model["merges"] = [[a, b] for a, b in pairs if not names.keys() & {a, b, a + b}]
-        added = [entry for entry in self._data.get("added_tokens") or [] if entry["content"] in self.added]
-        return self._open(self._data | {"model": model, "added_tokens": added})
+        added = [entry for entry in self.data.get("added_tokens") or [] if entry["content"] in self.added]
+        return self._open(self.data | {"model": model, "added_tokens": added})
 
     @cached_property
     def _renumbered(self) -> dict[int, int]:
@@ -185,7 +185,7 @@ class _Pieces:
         return token.encode(errors="replace")
 
 
-def _steps(data: dict[str, Any], key: str, where: str) -> list[dict[str, Any]]:
+def steps_of(data: dict[str, Any], key: str, where: str) -> list[dict[str, Any]]:
     """Return the steps of a normalizer, pre-tokenizer or decoder, one list for all nested sequences."""
     steps, left = [], [data.get(key)]
     while left:

@@ -113,17 +113,8 @@ def _unigram(proto: Any) -> dict[str, Any]:
 
 
 def _bpe(proto: Any, where: str) -> dict[str, Any]:
-    """Return a BPE model: SentencePiece joins the neighbours whose piece has the highest score."""
     vocab = {piece.piece: identity for identity, piece in enumerate(proto.pieces)}
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL}
-    pairs = []
-    for piece, score in scores.items():
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in scores and right in scores:
-                pairs.append((-score, vocab[left], vocab[right], left, right))
-        if len(pairs) > _MAX_PAIRS:
-            raise UserError(f"{where}: its pieces are joined in more than {_MAX_PAIRS:,} ways.")
     return {
         "type": "BPE",
         "dropout": None,
@@ -134,5 +125,22 @@ def _bpe(proto: Any, where: str) -> dict[str, Any]:
         "byte_fallback": proto.trainer_spec.byte_fallback,
         "ignore_merges": False,
         "vocab": vocab,
-        "merges": [[left, right] for *_, left, right in sorted(pairs)],
+        "merges": merges_by_score(scores, vocab, where),
     }
+
+
+def merges_by_score(scores: dict[str, float], vocab: dict[str, int], where: str) -> list[list[str]]:
+    """Return the merges of pieces: SentencePiece joins the neighbours whose piece has the highest score.
+
+    Of one score it joins the leftmost first. So a run grows from its left, and the pair with the longest left part is
+    first, as in transformers.
+    """
+    pairs = []
+    for piece, score in scores.items():
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in scores and right in scores:
+                pairs.append((-score, -len(left), -len(right), vocab[left], vocab[right], left, right))
+        if len(pairs) > _MAX_PAIRS:
+            raise UserError(f"{where}: its pieces are joined in more than {_MAX_PAIRS:,} ways.")
+    return [[left, right] for *_, left, right in sorted(pairs)]

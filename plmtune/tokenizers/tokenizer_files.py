@@ -63,7 +63,7 @@ def _read_json(path: Path) -> Tokenizer:
     new = [text for held in (config, beside) for text in _texts_of(held, _LISTS)]
     named = {*new, *_texts_of(config, _NAMES), *_texts_of(beside, _NAMES)}
     data = added_tokens.with_named(data, named, new, _read_config(path.with_name("added_tokens.json")), str(path))
-    vocabulary = _engine(data, str(path))
+    vocabulary = engine(data, str(path))
     eos = _eos(vocabulary, _text_of(config.get("eos_token", beside.get("eos_token"))), path)
     # As in transformers 5, the post-processor alone decides, not add_bos_token of the configuration.
     firsts = added_tokens.first_tokens(data)
@@ -99,7 +99,7 @@ def _read_json(path: Path) -> Tokenizer:
         raise UserError(f"{path}: {error}.") from error
 
 
-def _engine(data: Any, where: str) -> Vocabulary | Library:
+def engine(data: Any, where: str) -> Vocabulary | Library:
     """Return tiktoken's tables where they give the ids of the file, else the library's tokenizer."""
     try:
         return tokenizer_json.parse(data, where)

@@ -33,6 +33,7 @@ class Estimate:
         trained: parameters that get gradients.
         non_embedding_parameters: without embeddings and the vocabulary projection.
         weights: including what FSDP2 gathers from other processes.
+        teacher: weights of a distillation's teacher.
         gradients: including what FSDP2 holds until it is reduced.
         activations: what autograd keeps between forward and backward, per micro-batch.
         logits: the loss's chunk of logits and the gradients it holds until its backward.
@@ -49,6 +50,7 @@ class Estimate:
     trained: int
     non_embedding_parameters: int
     weights: int
+    teacher: int
     gradients: int
     optimizer: int
     activations: int
@@ -62,7 +64,9 @@ class Estimate:
     @property
     def tensors(self) -> int:
         """Memory of training itself."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.save
+        return (
+            self.weights + self.teacher + self.gradients + self.optimizer + self.activations + self.logits + self.save
+        )
 
     @property
     def slack(self) -> int:
@@ -85,12 +89,13 @@ class Estimate:
 
     def lines(self) -> list[str]:
         """A table to print."""
-        parts = ("process", "weights", "gradients", "optimizer", "activations", "logits", "save", "slack", "total")
+        teacher = ("teacher",) if self.teacher else ()
+        parts = ("process", "weights", *teacher, "gradients", "optimizer", "activations", "logits", "save", "slack")
         verdict = "fits" if self.fits else "does not fit"
         return [
             f"parameters    {self.parameters:,} ({self.non_embedding_parameters:,} without embeddings)"
             + (f", {self.trained:,} of them trained" if self.trained < self.parameters else ""),
-            *(f"{name:<13} {show_bytes(getattr(self, name))}" for name in parts),
+            *(f"{name:<13} {show_bytes(getattr(self, name))}" for name in (*parts, "total")),
             f"available     {show_bytes(self.available)}: {verdict}",
             f"FLOPs a token {show_count(self.flops_6n)} (6N), "
             f"{show_count(self.flops_per_token)} with attention, forward and backward",
@@ -109,6 +114,7 @@ def estimate(
     background_saves: bool = False,
     activation_checkpointing: bool = False,
     loss_chunk_rows: int = 1024,
+    teacher: nn.Module | None = None,
 ) -> Estimate:
     """Estimate a training run of `model`, a `Decoder` (best on the meta device: nothing is computed).
 
@@ -124,6 +130,7 @@ def estimate(
         masked: attention has a mask, which each layer keeps.
         background_saves: a save first copies the state.
         loss_chunk_rows: tokens whose logits the loss holds at once; 0: all of them.
+        teacher: of a distillation, on the meta device.
     """
     device, compute_dtype, shards = runtime.device, runtime.compute_dtype, runtime.shard_size
     held: Any = model  # a Decoder, whose attributes mypy cannot see on a Module
@@ -160,13 +167,14 @@ def estimate(
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         non_embedding_parameters=parameters - vocabulary,
         weights=weights // shards + gathered,
+        teacher=_stored_bytes(teacher, compute_dtype) // shards if teacher else 0,
         gradients=trainable // shards + whole_gradients,
         optimizer=moments // shards,
         activations=activation_bytes(
             model, micro_batch_size, seq_len, compute_dtype, activation_checkpointing, casts=shards == 1
         )
         + masks,
-        logits=_loss_bytes(micro_batch_size * seq_len, head.shape, loss_chunk_rows, compute_dtype),
+        logits=_loss_bytes(micro_batch_size * seq_len, head.shape, loss_chunk_rows, compute_dtype, teacher),
         save=save if background_saves and device.type == "cpu" else 0,
         process=process_memory(resident, compute_dtype) if device.type == "cpu" else 0,
         available=available_memory(device) + resident,
@@ -189,14 +197,24 @@ def attention_flops(model: nn.Module, seq_len: int) -> float:
     return 6.0 * seq_len * widths
 
 
-def _loss_bytes(tokens: int, head: torch.Size, chunk_rows: int, compute_dtype: torch.dtype) -> int:
+def _stored_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of a model whose floating-point numbers are loaded in `dtype`; integers of a quantized one stay."""
+    tensors = (*model.parameters(), *model.buffers())
+    return sum(t.numel() * (dtype.itemsize if t.is_floating_point() else t.element_size()) for t in tensors)
+
+
+def _loss_bytes(tokens: int, head: torch.Size, chunk_rows: int, compute_dtype: torch.dtype, teacher: Any = None) -> int:
     vocab_size, embed_dim = head
     rows = min(chunk_rows, tokens) if chunk_rows else tokens
     if compute_dtype == torch.float32:
         logits, weight, hidden = 4, 4, 4
     else:  # logits and their logarithms; the weight's fp32 gradient, one chunk's and the weight cast
         logits, weight, hidden = 2 + 4, 4 + 2 + 2, 2
-    return logits * rows * vocab_size + weight * vocab_size * embed_dim + hidden * tokens * embed_dim
+    if teacher is not None:
+        weight = 4 if compute_dtype == torch.float32 else 4 + 2 + 2
+        logits = 6 * 4  # of both models, their logarithms, and the gradients by them, in fp32
+        hidden += compute_dtype.itemsize * teacher.embed_dim / embed_dim
+    return int(logits * rows * vocab_size + weight * vocab_size * embed_dim + hidden * tokens * embed_dim)
 
 
 def activation_bytes(

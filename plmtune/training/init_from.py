@@ -61,6 +61,9 @@ def pin_revisions(cfg: TrainingConfig, *, weights: bool = False) -> None:
     # Rank 0 decides for all: on another machine a directory may have that name.
     if cfg.init_from and not cfg.resume:
         cfg.init_from = broadcast_from_rank0(partial(hub.pin, cfg.init_from))
+    distillation = getattr(cfg, "distillation", None)
+    if distillation and distillation.teacher and not cfg.resume:
+        distillation.teacher = broadcast_from_rank0(partial(hub.pin, distillation.teacher))
     for group in ("tokenizer", "reward"):
         chosen: Component | None = getattr(cfg, group, None)
         if chosen is None or not isinstance(chosen.settings.get("path"), str):

@@ -33,6 +33,7 @@ from plmtune.training.init_from import find_init_checkpoint
 from plmtune.training.loggers import check_installed
 from plmtune.training.machine import check_compiler
 from plmtune.training.runtime import Runtime
+from plmtune.training.teacher import Teacher, find_teacher
 from plmtune.training.without_dynamo import without_dynamo
 from plmtune.units import parse_count, show_count
 
@@ -50,6 +51,7 @@ class TrainingPlan:
         phases: empty where `epochs` determines the steps.
         estimated: None where the model is.
         epochs: passes over the data.
+        teacher: of a distillation; its weights are not loaded yet.
         sources: of the data, by name.
         template: the chat template; None where the tokenizer is not there yet.
         refinement: the refinement template.
@@ -64,6 +66,7 @@ class TrainingPlan:
     seq_len: int
     estimated: Estimate | None
     epochs: float | None = None
+    teacher: Teacher | None = None
     sources: dict[str, Any] = field(default_factory=dict)
     template: Any = None
     refinement: Any = None
@@ -207,6 +210,8 @@ def plan_training(
     tokens_per_step = size * cfg.seq_len
     phases = resolve_phases(getattr(cfg, "phases", ()), tokens_per_step)
     plan = TrainingPlan(tokenizer, model, loss, phases, tokens_per_step, cfg.seq_len, None, epochs)
+    if not isinstance(cfg, PreferenceConfig):
+        plan.teacher = find_teacher(cfg.distillation, cfg.loss, loss, tokenizer, model, cfg.seq_len)
     check_schedule(cfg.scheduler, plan.num_steps, tokens_per_step)
     check_installed(cfg.logger)
     if cfg.runtime.compile:
@@ -227,6 +232,7 @@ def plan_training(
                 background_saves=cfg.checkpoint.background,
                 activation_checkpointing=cfg.runtime.activation_checkpointing,
                 loss_chunk_rows=cfg.loss.settings.get("chunk_rows", 0),
+                teacher=plan.teacher.model if plan.teacher else None,
             )
     return plan
 

@@ -66,8 +66,10 @@ def keep_pinned_revisions(cfg: RunConfig, saved: RunConfig) -> None:
     for key, (old, new) in differences(saved, cfg).items():
         if hub.is_pin(old, new):
             key, _, setting = key.partition(".")
-            if setting:
-                chosen = getattr(cfg, key)
+            chosen = getattr(cfg, key)
+            if setting and not isinstance(chosen, Component):
+                setattr(chosen, setting, old)
+            elif setting:
                 setattr(cfg, key, replace(chosen, settings={**chosen.settings, setting: old}))
             else:
                 setattr(cfg, key, old)

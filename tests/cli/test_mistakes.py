@@ -375,6 +375,7 @@ MORE = [
     ("generate m --prompt x --temperature 0,8", "--temperature: 0,8 is not a number: write 0.8."),
     ("generate m --prompt x --temprature 1", "there is no option --temprature. Did you mean --temperature?"),
     ("generate m --prompt x --seed one", "--seed: one is not a whole number."),
+    ("generate m --prompt x --seed 99999999999999999999", "--seed: 99999999999999999999 has more than 64 bits."),
     ("generate m more --prompt x", "plmtune generate: too many arguments: more. Usage: plmtune generate"),
     ("generate m --prompt", "--prompt needs a value. Usage: "),
     ("export m --to ggfu", "--to: ggfu is none of gguf, "),

@@ -591,7 +591,7 @@ class TestKeys:
 
     @pytest.mark.parametrize("key", KEYS)
     def test_what_differs_is_named(self, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        right, (change, words), model = gguf_writer._vocabulary, KEYS[key], make_llama()
+        right, (change, words), model = gguf_writer.vocabulary_keys, KEYS[key], make_llama()
 
         def spoilt(*args: Any) -> Any:
             keys, notes = right(*args)
@@ -600,7 +600,7 @@ class TestKeys:
             value = change(keys.pop(name, None))
             return keys | ({} if value is None else {name: value}), notes
 
-        monkeypatch.setattr(gguf_writer, "_vocabulary", spoilt)
+        monkeypatch.setattr(gguf_writer, "vocabulary_keys", spoilt)
         write_gguf(model, bundled(), tmp_path / "a.gguf", kind="F16")
         contents = read_contents(tmp_path / "a.gguf", model)
         report = found_in(model, contents)

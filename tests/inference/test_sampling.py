@@ -145,6 +145,12 @@ class TestSample:
         assert torch.equal(penalize(logits, seen, penalty), theirs)
         assert torch.equal(penalize(logits, [[*ids, 50] for ids in seen], penalty), theirs)  # an id without text
 
+    @pytest.mark.parametrize("temperature", [1.0, 1e-30])
+    def test_a_repetition_penalty_near_0_gives_the_greatest_known_token(self, temperature: float) -> None:
+        scores = penalize(torch.tensor([[3.0, 1.0, -2.0, 0.0]]), [[1, 2, 3]], 1e-300)
+        assert scores.isfinite().all()
+        assert sample(scores, temperature=temperature, generator=torch.Generator().manual_seed(0)).tolist() == [1]
+
     def test_a_repetition_penalty_counts_the_prompt_what_is_written_and_what_the_cache_holds(self) -> None:
         model, prompt = small().eval(), [1, 2, 3, 4]
         expected = list(prompt)

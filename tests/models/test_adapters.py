@@ -344,7 +344,7 @@ class TestBadAdapters:
             adapters.load_model(tmp_path / "adapter")
 
 
-FUSED = ("phi3", "gpt2")
+FUSED = ("phi3", "glm", "gpt2")
 
 
 @torch.no_grad()
@@ -361,6 +361,7 @@ OF_PEFT: dict[str, dict[str, Any]] = {
     "excluded": {"target_modules": "all-linear", "exclude_modules": ["o_proj", "c_fc"]},
     "expression": {"target_modules": r".*\.0\..*(proj|c_attn)"},
     "layers": {"target_modules": ["proj"], "layers_to_transform": [1]},
+    "full names": {"target_modules": ["full"]},
     "dora": {"target_modules": ["proj"], "exclude_modules": ["proj2"], "use_dora": True},
 }
 
@@ -401,7 +402,8 @@ class TestFamilies:
 
         make(family, tmp_path / "base")
         first, second = ("c_attn", "mlp.c_proj") if family == "gpt2" else ("o_proj", "down_proj")
-        names = {"proj": [first, second], "proj2": [second]}
+        layer = "transformer.h.1.attn" if family == "gpt2" else "model.layers.1.self_attn"
+        names = {"proj": [first, second], "proj2": [second], "full": [f"{layer}.{first}"]}
         settings = {
             key: next((found for name, found in names.items() if value == [name]), value)
             for key, value in OF_PEFT[chosen].items()

@@ -309,7 +309,7 @@ class TestTokenizers:
         ("key", "value", "message"),
         [
             ("tokenizer.ggml.pre", "default", r"the pre-tokenizer 'default' is not supported .*--tokenizer"),
-            ("tokenizer.ggml.model", "llama", r"model 'llama' is not supported, only byte-level BPE"),
+            ("tokenizer.ggml.model", "llama", r"tokenizer.ggml.scores is missing or damaged"),
             ("tokenizer.ggml.eos_token_id", 10**6, r"eos_token_id is 1000000, which is not a token"),
             ("tokenizer.ggml.tokens", [1, 2], r"tokenizer.ggml.tokens is missing or damaged"),
             ("tokenizer.ggml.token_type", [1] * 7, r"4096 tokens, their types and the model's 4096 rows do not fit"),

@@ -15,7 +15,7 @@ from plmtune.errors import UserError
 from plmtune.models.hf import load_model, save_model
 
 IDS = torch.randint(3, 101, (1, 12), generator=torch.Generator().manual_seed(1))
-FAMILIES = ("llama", "qwen2", "qwen3", "smollm3", "mistral", "gemma3", "phi3", "deepseek_v3")
+FAMILIES = ("llama", "qwen2", "qwen3", "smollm3", "mistral", "gemma3", "phi3", "granite", "glm", "deepseek_v3")
 
 
 def edit(directory: Path, **keys: Any) -> None:

@@ -1,0 +1,271 @@
+"""The teacher of a distillation: a second model whose distribution of the next token the trained model learns.
+
+Its states are computed beside the trained model's, or with `distillation.top_k` its most likely tokens are computed
+before the first step and kept, see `teacher_cache`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from plmtune.config.compose import build
+from plmtune.config.schema import DistillationConfig
+from plmtune.data.batches import IGNORE, Batch, Batches, make_batch
+from plmtune.errors import UserError
+from plmtune.io.atomic import check_room
+from plmtune.losses.cross_entropy import capped
+from plmtune.losses.distillation import DistillationLoss, TeacherStates, TeacherTopK
+from plmtune.models import adapters
+from plmtune.models.assemble import component_from_config
+from plmtune.modules.decoder import Decoder
+from plmtune.registry import Component, describe_components, load
+from plmtune.tokenizers.tokenizer import Tokenizer
+from plmtune.training import distributed
+from plmtune.training.init_from import init_checkpoint_directory
+from plmtune.training.monitor import RunMonitor
+from plmtune.training.runtime import Runtime
+from plmtune.training.teacher_cache import TeacherCache, most_likely, row_digest
+from plmtune.units import show_bytes
+
+TERMS = ("cross_entropy", "divergence", "hidden_difference")  # the metrics that `Teacher.take_terms` returns
+_VERSION = 1  # of the cache's files
+_CHUNK_ROWS = 256  # tokens whose logits are held at once
+
+
+@dataclass
+class Teacher:
+    """A frozen model.
+
+    Attributes:
+        model: on the meta device until its weights are loaded; they are loaded for good only without `top_k`.
+        vocab_size: of the tokenizer.
+        settings: the config's section.
+        distillation: the loss.
+    """
+
+    directory: Path
+    model: Decoder
+    vocab_size: int
+    settings: DistillationConfig
+    distillation: DistillationLoss
+    digest: str = ""  # of the weights: those that a resumed run had, until `prepare` checks them
+    _hidden: dict[tuple[bool, int], Tensor] = field(default_factory=dict)  # (of the teacher, pair): the last states
+    _differences: list[Tensor] = field(default_factory=list)
+
+    def prepare(self, student: Decoder, data: Batches, step: int, runtime: Runtime, monitor: RunMonitor) -> bool:
+        """Load the weights, or with `top_k` compute what the cache lacks of the rows of `data` from `step` on.
+
+        Every rank must call it. Returns False if a signal stopped it; what was computed by then is kept.
+        """
+        digest = distributed.broadcast_from_rank0(lambda: adapters.weights_digest(self.directory))
+        if self.digest not in ("", digest):
+            raise UserError(
+                f"distillation.teacher={self.settings.teacher}: it no longer holds the weights that this run began "
+                "with. Put them back, or start a new run."
+            )
+        self.digest = digest
+        if self.settings.top_k is None:
+            self.model = self._loaded(runtime)
+            for pair in enumerate(zip(self.settings.layers, self.settings.teacher_layers, strict=True)):
+                self._record(student, *pair)
+            return True
+        cache = TeacherCache(Path(self.settings.cache) / self._key(runtime), self.settings.top_k, self.vocab_size)
+        for line in cache.refresh():
+            monitor.message(f"{line} It is computed again.")
+        missing: dict[str, tuple[str, int]] = {}
+        for name, index in data.distinct_rows(step)[runtime.rank :: runtime.world_size]:
+            row = data.rows[name].row(index)
+            if (digest := row_digest(row)) not in cache and (row.targets != IGNORE).any():
+                missing[digest] = name, index
+        done = self._compute(missing, cache, data, runtime, monitor)
+        if damaged := cache.refresh():
+            raise UserError(f"{damaged[0]} Is the disk sound?")
+        data.attach = cache.read
+        return done
+
+    def _compute(
+        self,
+        missing: dict[str, tuple[str, int]],
+        cache: TeacherCache,
+        data: Batches,
+        runtime: Runtime,
+        monitor: RunMonitor,
+    ) -> bool:
+        """Add this rank's rows to the cache; False if a signal stopped it."""
+        counts = [int(text) for text in distributed.gather_texts(str(len(missing)))]
+        if not (total := sum(counts)):
+            monitor.message(f"teacher: its {cache.k} most likely tokens are read from {cache.directory}")
+            return True
+        size = total * data.seq_len * cache.record_bytes
+        monitor.message(
+            f"teacher: the {cache.k} most likely tokens of {total:,} rows are computed; they take at most "
+            f"{show_bytes(size)} in {cache.directory} ({cache.record_bytes} bytes a token)"
+        )
+        distributed.broadcast_from_rank0(
+            lambda: check_room(cache.directory, size, " Give a smaller distillation.top_k.")
+        )
+        model = self._loaded(runtime)
+        mine, batch_size = list(missing.items()), data.micro_batch_size
+        stopped = False
+        # Every rank makes as many forwards, since a forward may be collective.
+        for first in range(0, max(counts), batch_size):
+            if stopped := monitor.should_stop():
+                break
+            chosen = mine[first : first + batch_size]
+            rows = [data.rows[name].row(index) for _, (name, index) in chosen] or [data.filler()]
+            tops = _most_likely(model, make_batch(rows), cache.k, self.vocab_size, runtime)
+            for (digest, _), row, top in zip(chosen, rows, tops, strict=False):
+                assert len(top.ids) == int((row.targets != IGNORE).sum())
+                cache.add(digest, top)
+            monitor.working(f"teacher: {min(first + batch_size, counts[0]):,} of {counts[0]:,} rows")
+        cache.flush()
+        distributed.barrier()
+        return not stopped
+
+    def _record(self, student: Decoder, pair: int, layers: tuple[int, int]) -> None:
+        """Keep the outputs of two layers, whenever they run."""
+        for of_teacher, layer in ((False, student.layers[layers[0]]), (True, self.model.layers[layers[1]])):
+
+            def keep(
+                _module: nn.Module, _given: Any, output: Tensor, key: tuple[bool, int] = (of_teacher, pair)
+            ) -> None:
+                self._hidden[key] = output
+
+            layer.register_forward_hook(keep)
+
+    def loss(self, batch: Batch, states: Tensor, targets: Tensor, model: Decoder) -> Tensor:
+        """Return the summed loss of a micro-batch that `model` just computed the hidden states [n, d] of.
+
+        Args:
+            states, targets: of the places that count.
+        """
+        given = self._states(batch)
+        loss = self.distillation(states, model.head_weight, targets, teacher=given, **model.loss_settings)
+        for pair in range(len(self.settings.layers)):
+            ours, theirs = (batch.counted(self._hidden.pop((which, pair)))[0].float() for which in (False, True))
+            difference = (ours - theirs).square().mean(dim=1).sum() / len(self.settings.layers)
+            self._differences.append(difference.detach())
+            loss = loss + self.settings.layers_weight * difference
+        return loss
+
+    def state_dict(self) -> dict[str, str]:
+        """What a checkpoint keeps, so that a resumed run has the same teacher."""
+        return {"teacher": self.digest}
+
+    def take_terms(self) -> tuple[Tensor, ...]:
+        """Return the sums of the terms that TERMS names, over all losses since the last call; the third with layers."""
+        differences = [torch.stack(self._differences).sum()] if self._differences else []
+        self._differences.clear()
+        return (*self.distillation.take_terms(), *differences)
+
+    @torch.no_grad()
+    def _states(self, batch: Batch) -> TeacherStates | TeacherTopK:
+        if batch.top_ids is not None:
+            assert batch.top_log_probs is not None and batch.top_log_rest is not None
+            return TeacherTopK(batch.top_ids, batch.top_log_probs, batch.top_log_rest)
+        return _states(self.model, batch)
+
+    def _loaded(self, runtime: Runtime) -> Decoder:
+        """The model with its weights, in the dtype of the arithmetic, sharded as the trained model is."""
+        model = adapters.load_model(self.directory, runtime.device, runtime.compute_dtype).eval().requires_grad_(False)
+        if runtime.strategy in ("fsdp", "hsdp"):
+            distributed.wrap(model, runtime.strategy, runtime.mesh, runtime.compute_dtype)
+        return model
+
+    def _key(self, runtime: Runtime) -> str:
+        """The hash of what the numbers depend on, besides the row: the weights, the tokens kept, and the arithmetic."""
+        arithmetic = f"{runtime.device.type} {runtime.compute_dtype}"
+        parts = [_VERSION, self.digest, self.settings.top_k, self.vocab_size, arithmetic, torch.__version__]
+        return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
+
+
+def _states(model: Decoder, batch: Batch) -> TeacherStates:
+    hidden = model(batch.tokens, mask=batch.mask, input_pos=batch.input_pos, hidden=True)
+    return TeacherStates(batch.counted(hidden)[0], model.head_weight, **model.loss_settings)
+
+
+@torch.no_grad()
+def _most_likely(model: Decoder, batch: Batch, k: int, vocab_size: int, runtime: Runtime) -> list[TeacherTopK]:
+    """The most likely tokens of each row's places that count."""
+    with runtime.autocast():
+        states = _states(model, batch.to(runtime.device))
+    counts = (batch.targets != IGNORE).sum(dim=1).tolist()
+    weight = states.weight[:vocab_size].to(states.hidden.dtype)
+    chunks = [
+        most_likely(capped(hidden @ weight.T, states.soft_cap)[0], k) for hidden in states.hidden.split(_CHUNK_ROWS)
+    ]
+    whole = (torch.cat([vars(chunk)[name] for chunk in chunks]) for name in ("ids", "log_probs", "log_rest"))
+    return [TeacherTopK(*parts) for parts in zip(*(tensor.split(counts) for tensor in whole), strict=True)]
+
+
+def find_teacher(
+    settings: DistillationConfig,
+    chosen_loss: Component,
+    loss: Any,
+    tokenizer: Tokenizer | None,
+    student: Decoder | None,
+    seq_len: int,
+) -> Teacher | None:
+    """Find the teacher that a config names, and check that it fits the loss, the tokenizer, the model and the rows.
+
+    Args:
+        loss: what `chosen_loss` builds.
+        tokenizer, student: None where they are not known yet.
+    """
+    losses: dict[str, Any] = {each: load("loss", each) for each in describe_components()["loss"]}
+    distils = [each for each, made in losses.items() if getattr(made, "needs_teacher", False)]
+    own, name = chosen_loss.name, settings.teacher
+    if name is None and own in distils:
+        raise UserError(f"key loss: {own} learns from a teacher. Give it: distillation.teacher=DIR")
+    if name is None and (unused := next((key for key in ("top_k", "layers") if getattr(settings, key)), None)):
+        raise UserError(f"key distillation.{unused}: there is no teacher. Give it: distillation.teacher=DIR")
+    if name is None:
+        return None
+    if own not in distils:
+        one_of = ", ".join(f"loss={each}" for each in distils)
+        raise UserError(f"key distillation.teacher: {own} has no teacher. Choose one of {one_of}.")
+    if settings.top_k is not None and not losses[own].takes_top_k:
+        one_of = ", ".join(f"loss={each}" for each in distils if losses[each].takes_top_k)
+        raise UserError(
+            f"key distillation.top_k: {own} needs the teacher's whole distribution. Choose {one_of}, or leave "
+            "distillation.top_k out."
+        )
+    directory = init_checkpoint_directory(name, weights=False)
+    if tokenizer is not None and adapters.load_model_tokenizer(directory).fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"distillation.teacher={name}: its tokenizer differs from this run's, so their tokens cannot be compared. "
+            f"Train with the teacher's: tokenizer=file tokenizer.path={directory}"
+        )
+    config = adapters.read_model_config(directory)
+    with torch.device("meta"):
+        chosen = component_from_config("model", config, str(directory))
+        model = build("model", chosen, vocab_size=config["vocab_size"])
+    if seq_len > model.max_seq_len:
+        raise UserError(
+            f"distillation.teacher={name}: it reads {model.max_seq_len} tokens at once, and seq_len is {seq_len}. "
+            f"Give seq_len={model.max_seq_len} or less."
+        )
+    vocab_size = tokenizer.vocab_size if tokenizer else config["vocab_size"]
+    if settings.top_k is not None and settings.top_k > vocab_size:
+        raise UserError(f"key distillation.top_k: {settings.top_k} exceeds the vocabulary ({vocab_size}).")
+    if student is not None and settings.layers:
+        _check_layers(settings, student, model)
+    return Teacher(directory, model, vocab_size, settings, loss)
+
+
+def _check_layers(settings: DistillationConfig, student: Decoder, teacher: Decoder) -> None:
+    for key, model in (("layers", student), ("teacher_layers", teacher)):
+        if (last := max(getattr(settings, key))) >= (count := len(model.layers)):
+            raise UserError(f"key distillation.{key}: there is no layer {last}; the last of {count} is {count - 1}.")
+    if student.embed_dim != teacher.embed_dim:
+        raise UserError(
+            f"key distillation.layers: the model's hidden states have {student.embed_dim} numbers, and the teacher's "
+            f"{teacher.embed_dim}. Only equal widths can be compared."
+        )
