@@ -94,7 +94,7 @@ class TestConvert:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (("{file}", "{tmp}/out"), "model None is not supported, only byte-level BPE (gpt2) is. Give another with"),
+            (("{file}", "{tmp}/out"), "model None is not supported, only byte-level BPE (gpt2) and"),
             (("{file}", "{tmp}/base", "--tokenizer", "{tmp}/base"), "holds a model already"),
             (("{tmp}/base", "{tmp}/out"), "is a directory. One in Hugging Face's form needs no conversion"),
             (("{tmp}/nothing.gguf", "{tmp}/out"), "There is no file {tmp}/nothing.gguf (seen from"),
@@ -142,6 +142,43 @@ class TestMerge:
         code, _, err = typed("merge", checkpoint, tmp_path / "out")
         assert code == 2 and "holds neither model.safetensors" in err
         assert not (tmp_path / "out").exists()
+
+
+class TestMergeOfWholeModels:
+    def test_two_models_give_one_that_loads(self, base: Path, tmp_path: Path, typed: Command) -> None:
+        out = tmp_path / "out"
+        code, told, err = typed("merge", base, base, out, "--method", "slerp", "--weights", "1,3", "--dtype", "bf16")
+        assert code == 0, err
+        assert f"slerp of {base} and {base}" in told
+        weight = load_model(out).tok_embeddings.weight
+        assert torch.equal(weight, load_model(base).tok_embeddings.weight.bfloat16())
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ((), "2 models are given. Say how to merge them with --method"),
+            (("--method", "ties"), "needs --base DIR"),
+            (("--method", "average", "--base", "x"), "has no base"),
+            (("--method", "average", "--density", "0.5"), "belongs to --method ties"),
+            (("--method", "ties", "--base", "x", "--density", "2"), "at most 1"),
+            (("--method", "average", "--weights", "1"), "for each of the 2 models"),
+            (("--method", "average", "--weights", "1,x"), "give a number for each model"),
+            (("--method", "average", "--weights", "1,nan"), "give a finite number"),
+            (("--method", "slerp", "--weights", "0,0"), "one must be above 0"),
+        ],
+    )
+    def test_options_that_do_not_fit_are_refused(
+        self, base: Path, tmp_path: Path, typed: Command, options: tuple[str, ...], message: str
+    ) -> None:
+        code, _, err = typed("merge", base, base, tmp_path / "out", *options)
+        assert code == 2 and message in err
+        assert not (tmp_path / "out").exists()
+
+    def test_one_model_needs_no_method(self, base: Path, tmp_path: Path, typed: Command) -> None:
+        code, _, err = typed("merge", base, tmp_path / "out", "--method", "average")
+        assert code == 2 and "merges at least two models, and 1 is given" in err
+        code, _, err = typed("merge", base, tmp_path / "out", "--weights", "1")
+        assert code == 2 and "--weights belongs to --method" in err
 
 
 class TestRefusalsAreCheap:
