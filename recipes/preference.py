@@ -99,6 +99,7 @@ class Preference:
             loss=self.loss,
             runtime=runtime,
             seq_len=plan.seq_len,
+            rope_key=plan.model.rope_key,
             global_batch_size=cfg.global_batch_size,
             micro_batch_size=cfg.micro_batch_size,
             seed=cfg.seed,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,9 +36,14 @@ def open_batches(
     runtime: Runtime,
     *,
     seq_len: int,
+    rope_key: Callable[[int], object],
     **settings: Any,
 ) -> tuple[PreferenceBatches, list[str]]:
-    """The batches that a loss needs of pairs, with `settings` of `PreferenceBatches`, and notes on what is left out."""
+    """The batches that a loss needs of pairs, with `settings` of `PreferenceBatches`, and notes on what is left out.
+
+    Args:
+        rope_key: the model's.
+    """
     comparisons, refused, notes = make_comparisons(
         track(pairs, "pairs encoded", shown=runtime.is_main),
         template,
@@ -46,6 +51,7 @@ def open_batches(
         seq_len,
         contexts=loss.contexts,
         mismatched=loss.mismatched,
+        rope_key=rope_key,
     )
     if refused:
         left_out = show_number_of(len(refused), "comparison" if loss.contexts else "pair")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -38,6 +38,8 @@ class Comparison:
     rejected: Ids | None
     pair: int  # its number among those that can be used
     place: str  # of the pair: "FILE, row 17"
+    # Each answer has a prompt of its own: the lengths of the two texts decide different frequencies of RoPE.
+    apart: bool = False
 
     @property
     def parts(self) -> list[Ids]:
@@ -47,7 +49,7 @@ class Comparison:
     @property
     def num_tokens(self) -> int:
         """Tokens of the prompt and both answers."""
-        return sum(ids.size for ids in self.parts)
+        return sum(ids.size for ids in self.parts) + (self.prompt.size if self.apart else 0)
 
 
 def make_comparisons(
@@ -58,6 +60,7 @@ def make_comparisons(
     *,
     contexts: bool = False,
     mismatched: bool = False,
+    rope_key: Callable[[int], object] = lambda length: None,
 ) -> tuple[list[Comparison], Refused, list[str]]:
     """Make the comparisons of each pair. Answers are never cut.
 
@@ -69,6 +72,7 @@ def make_comparisons(
         refinement: needed for `contexts`.
         contexts: also make the two refinement comparisons of each pair.
         mismatched: accept pairs with one answer, and also compare each prompt with an answer of another pair.
+        rope_key: the model's: what of a text's length decides its frequencies of RoPE.
 
     Returns:
         The comparisons, those of a pair in sequence; the refused pairs; notes for a person.
@@ -102,6 +106,7 @@ def make_comparisons(
         count += 1
     if mismatched and made:
         made, lacking = _with_mismatched(made, seq_len)
+    made = [replace(held, apart=True) if _differ(held, rope_key) else held for held in made]
     notes = [unused.describe()] if unused else []
     if shortened:
         were = "earlier answer was" if shortened == 1 else "earlier answers were"
@@ -110,6 +115,13 @@ def make_comparisons(
         have = "pair has" if lacking == 1 else "pairs have"
         notes.append(f"{lacking:,} {have} no mismatched answer for the KL term: none fits behind the prompt")
     return made, refused, notes
+
+
+def _differ(held: Comparison, rope_key: Callable[[int], object]) -> bool:
+    """Whether the lengths of the two texts decide different frequencies of RoPE."""
+    if held.chosen is None or held.rejected is None:
+        return False
+    return rope_key(held.prompt.size + held.chosen.size) != rope_key(held.prompt.size + held.rejected.size)
 
 
 def _longer(chosen: Ids | None, rejected: Ids | None) -> int:
@@ -156,8 +168,8 @@ class ComparisonBatch:
     """One micro-batch of n comparisons with t answer tokens, packed into b rows of s tokens.
 
     A comparison is laid out as prompt, chosen, rejected. Both answers attend to the prompt and not to each other, and
-    the positions of both continue the prompt's. A rank without comparisons has an empty batch, which keeps ranks in
-    step. All tensors but the mask are int64.
+    the positions of both continue the prompt's. Of one that is `apart` the prompt stands before each answer. A rank
+    without comparisons has an empty batch, which keeps ranks in step. All tensors but the mask are int64.
     """
 
     tokens: Tensor  # [b, s]
@@ -200,14 +212,15 @@ def make_batch(
         at = 0
         for index in row:
             held = comparisons[index]
-            size = held.prompt.size
-            prompt = slice(at, at + size)
-            tokens[number, prompt] = held.prompt
-            input_pos[number, prompt] = np.arange(size)
-            mask[number, prompt, prompt] = triangle[:size, :size]
-            at += size
-            last = number * s + at - 1  # of the prompt: it predicts the first token of both answers
+            size, last = held.prompt.size, -1
             for answer in (held.chosen, held.rejected):
+                if last < 0 or held.apart:
+                    prompt = slice(at, at + size)
+                    tokens[number, prompt] = held.prompt
+                    input_pos[number, prompt] = np.arange(size)
+                    mask[number, prompt, prompt] = triangle[:size, :size]
+                    at += size
+                    last = number * s + at - 1  # of the prompt: it predicts the first token of the answers behind it
                 ids = np.empty(0, dtype=np.int32) if answer is None else answer
                 here = slice(at, at + ids.size)
                 tokens[number, here] = ids

@@ -16,6 +16,7 @@ from plmtune.inference.request_queue import Request
 from plmtune.inference.sampling import PrefixCache, generate
 from plmtune.models.hf import load_model
 from plmtune.modules.decoder import Decoder
+from plmtune.modules.segments import Segments
 from plmtune.preference.comparisons import Comparison, make_batch
 
 # Windows, and RoPE whose frequencies depend on a text's length; then layers, positions and latents of other kinds.
@@ -37,9 +38,15 @@ def some_ids(seed: int, length: int) -> list[int]:
 
 
 @torch.no_grad()
-def log_prob(model: Any, context: list[int], continuation: list[int]) -> float:
-    """Of a continuation, by transformers, in a forward of its own."""
-    logits = model(torch.tensor([[*context, *continuation][:-1]])).logits[0, len(context) - 1 :]
+def log_prob(model: Any, context: list[int], continuation: list[int], *, last: bool = False) -> float:
+    """Of a continuation, by transformers, in a forward of its own.
+
+    Args:
+        last: the last token, which predicts nothing here, is a part of the text.
+    """
+    model(torch.tensor([[1]]))  # a dynamic scaling remembers the longest text until a short one
+    text = [*context, *continuation]
+    logits = model(torch.tensor([text if last else text[:-1]])).logits[0, len(context) - 1 : len(text) - 1]
     return float(logits.log_softmax(-1)[range(len(continuation)), continuation].sum())
 
 
@@ -65,17 +72,22 @@ def test_rows_after_a_prefix(family: tuple[Any, Decoder], monkeypatch: pytest.Mo
         assert found[number] == pytest.approx(log_prob(theirs, [*item.context], [*item.continuation]), abs=1e-3)
 
 
-def test_both_answers_of_a_comparison(family: tuple[Any, Decoder]) -> None:
+@pytest.mark.parametrize("sizes", [(8, 5), (5, 15), (15, 5)])  # beyond the original length: neither, either
+def test_both_answers_of_a_comparison(sizes: tuple[int, int], family: tuple[Any, Decoder]) -> None:
     theirs, ours = family
-    prompt, answers = some_ids(0, 6), (some_ids(1, 8), some_ids(2, 5))
+    prompt, answers = some_ids(0, 6), (some_ids(1, sizes[0]), some_ids(2, sizes[1]))
     parts = [np.array(ids, dtype=np.int32) for ids in (prompt, *answers)]
-    batch = make_batch([Comparison(0, *parts, 0, "")], [[0]])
+    apart = ours.rope_key(6 + sizes[0]) != ours.rope_key(6 + sizes[1])
+    made = [Comparison(0, *parts, 0, "", apart=apart), Comparison(0, *parts[:2], None, 1, "")]
+    batch = make_batch(made, [[0, 1]])
     with torch.no_grad():
         logits = ours(batch.tokens, mask=batch.mask, input_pos=batch.input_pos).flatten(0, 1)
     log_probs = logits[batch.positions].log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
-    for number, answer in enumerate(answers):
+    for number, answer in enumerate((*answers, answers[0])):
         found = float(log_probs[batch.completion == number].sum())
-        assert found == pytest.approx(log_prob(theirs, prompt, answer), abs=1e-3)
+        assert found == pytest.approx(log_prob(theirs, prompt, answer, last=True), abs=1e-3)
+        end = (batch.tokens.flatten()[batch.ends[number]], batch.input_pos.flatten()[batch.ends[number]])
+        assert end == (answer[-1], len(prompt) + len(answer) - 1)
 
 
 def test_answers_of_a_batch(family: tuple[Any, Decoder]) -> None:
@@ -104,3 +116,17 @@ def test_a_conversation_that_grows(family: tuple[Any, Decoder]) -> None:
             found = ours(torch.tensor([text[held.length : length]]), cache=held)[0, -1]
             expected = theirs(torch.tensor([text[:length]])).logits[0, -1]
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_texts_that_are_packed_into_a_row(family: tuple[Any, Decoder]) -> None:
+    theirs, ours = family
+    lengths = [[5, 17, 2], [20, 4]]
+    rows = [[some_ids(size, size) for size in row] for row in lengths]
+    tokens = torch.tensor([[token for text in texts for token in text] for texts in rows])
+    positions = torch.tensor([[place for length in row for place in range(length)] for row in lengths])
+    found = ours(tokens, mask=Segments.of(lengths), input_pos=positions)
+    for row, texts in enumerate(rows):
+        for text, logits in zip(texts, found[row].split(lengths[row]), strict=True):
+            theirs(torch.tensor([[1]]))
+            torch.testing.assert_close(logits, theirs(torch.tensor([text])).logits[0], atol=2e-4, rtol=0)
