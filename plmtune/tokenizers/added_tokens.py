@@ -78,9 +78,32 @@ def with_named(data: Any, named: set[str], new: list[str], more: dict[str, Any],
     return data | {"added_tokens": [*held, *added]} if added else data
 
 
-def first_tokens(data: dict[str, Any]) -> list[tuple[str, int]]:
+def without_rows(data: Any, rows: int, used: str) -> tuple[Any, list[str]]:
+    """Return a tokenizer.json without the special tokens that have no row in the model, and their texts.
+
+    Gemma 3's tokenizer names the image token of its larger models, for which the models of text have no row.
+
+    Args:
+        rows: of the model.
+        used: texts in which a token must not be left out, since the model could not be used.
+    """
+    held = data.get("added_tokens") if isinstance(data, dict) else None
+    model = data.get("model") if isinstance(data, dict) else None
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(held, list) or not isinstance(vocab, list | dict) or not all(map(_names_a_token, held)):
+        return data, []  # `parse` refuses it
+    if len(vocab) > rows:  # another model's
+        return data, []
+    possible = range(rows, len(vocab) + len(held))  # `parse` refuses others
+    lacking = [e["content"] for e in held if e.get("special") and type(e.get("id")) is int and e["id"] in possible]
+    if any(text in used for text in lacking):
+        return data, []
+    return data | {"added_tokens": [entry for entry in held if entry["content"] not in lacking]}, lacking
+
+
+def first_tokens(data: Any) -> list[tuple[str, int]]:
     """Return the special tokens, with their ids, that a tokenizer.json puts before each text."""
-    entry = data.get("post_processor")
+    entry = data.get("post_processor") if isinstance(data, dict) else None
     steps = (entry.get("processors") or [entry]) if isinstance(entry, dict) else []
     found: list[tuple[str, int]] = []
     for step in steps if isinstance(steps, list) else []:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from plmtune.errors import UserError, did_you_mean
-from plmtune.io import hub, manifest
+from plmtune.io import hub, manifest, terminal
 from plmtune.registry import register
 from plmtune.tokenizers import added_tokens, sentencepiece_files, tokenizer_json
 from plmtune.tokenizers.bpe import (
@@ -26,6 +26,7 @@ from plmtune.tokenizers.bpe import (
 from plmtune.tokenizers.builtin_templates import CHATML_TEMPLATE
 from plmtune.tokenizers.library import Library
 from plmtune.tokenizers.tokenizer import Tokenizer
+from plmtune.units import show_number_of
 
 _FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"),
@@ -63,10 +64,23 @@ def _read_json(path: Path) -> Tokenizer:
     new = [text for held in (config, beside) for text in _texts_of(held, _LISTS)]
     named = {*new, *_texts_of(config, _NAMES), *_texts_of(beside, _NAMES)}
     data = added_tokens.with_named(data, named, new, _read_config(path.with_name("added_tokens.json")), str(path))
-    vocabulary = engine(data, str(path))
-    eos = _eos(vocabulary, _text_of(config.get("eos_token", beside.get("eos_token"))), path)
+    template = _default_template(config.get("chat_template"))
+    jinja = path.with_name("chat_template.jinja")
+    if jinja.is_file():
+        template = read_file(jinja).decode("utf-8", errors="replace")
+    rows = _rows(path, config)
     # As in transformers 5, the post-processor alone decides, not add_bos_token of the configuration.
     firsts = added_tokens.first_tokens(data)
+    if rows is not None:
+        ends = [_text_of(held.get(name)) for held in (config, beside) for name in ("bos_token", "eos_token")]
+        used = "\n".join(text for text in (template, *ends, *(text for text, _ in firsts)) if text)
+        data, lacking = added_tokens.without_rows(data, rows, used)
+        if lacking:
+            more = f" and {len(lacking) - 3:,} more" if len(lacking) > 3 else ""
+            count = show_number_of(len(lacking), "special token")
+            terminal.say(f"{path}: {count} without a row in the model left out: {', '.join(lacking[:3])}{more}.")
+    vocabulary = engine(data, str(path))
+    eos = _eos(vocabulary, _text_of(config.get("eos_token", beside.get("eos_token"))), path)
     adds_bos = bool(firsts)
     bos = firsts[0][0] if firsts else _text_of(config.get("bos_token", beside.get("bos_token")))
     for text, identity in firsts[1:]:
@@ -74,16 +88,6 @@ def _read_json(path: Path) -> Tokenizer:
             raise UserError(f"{path}, key post_processor: {text!r} before a text is no special token of this id.")
     if bos not in vocabulary.specials and not adds_bos:
         bos = None
-    template = _default_template(config.get("chat_template"))
-    jinja = path.with_name("chat_template.jinja")
-    if jinja.is_file():
-        template = read_file(jinja).decode("utf-8", errors="replace")
-    rows, source = config.get("padded_vocab_size"), "tokenizer_config.json"
-    if rows is None:
-        # In checkpoints of other programs the model's config.json counts the padding rows.
-        rows, source = _read_config(path.with_name("config.json")).get("vocab_size"), "config.json"
-    if rows is not None and (type(rows) is not int or not 0 < rows <= MAX_ID):
-        raise UserError(f"{path.with_name(source)}: {rows!r} rows in a vocabulary are impossible.")
     try:
         return Tokenizer(
             vocabulary,
@@ -97,6 +101,17 @@ def _read_json(path: Path) -> Tokenizer:
         )
     except ValueError as error:
         raise UserError(f"{path}: {error}.") from error
+
+
+def _rows(path: Path, config: dict[str, Any]) -> int | None:
+    """Return the rows of the model beside a tokenizer, padding included; None if no file counts them."""
+    rows, source = config.get("padded_vocab_size"), "tokenizer_config.json"
+    if rows is None:
+        # In checkpoints of other programs the model's config.json counts the padding rows.
+        rows, source = _read_config(path.with_name("config.json")).get("vocab_size"), "config.json"
+    if rows is not None and (type(rows) is not int or not 0 < rows <= MAX_ID):
+        raise UserError(f"{path.with_name(source)}: {rows!r} rows in a vocabulary are impossible.")
+    return rows
 
 
 def engine(data: Any, where: str) -> Vocabulary | Library:

@@ -774,9 +774,22 @@ class TestFilesBeside:
         for text in ("a<new>b the", "<|im_start|>x"):
             assert ours.encode(text, specials=True) == theirs(text)["input_ids"]
         assert (ours.specials["<new>"], ours.bos) == (4096, "<|im_start|>")
-        (place / "config.json").write_text('{"vocab_size": 4096}')
-        with pytest.raises(UserError, match=r"token 4096, '<new>', has no row in the model\. Take the model"):
-            load_tokenizer(place)
+
+    def test_a_special_token_without_a_row_is_left_out_and_said_where_nothing_uses_it(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config = {"eos_token": "<|endoftext|>", "additional_special_tokens": ["<image>"]}
+        place = beside(tmp_path, tokenizer_config=config, config={"vocab_size": 4096})
+        ours = load_tokenizer(place)
+        said = "1 special token without a row in the model left out: <image>."
+        assert said in " ".join(capsys.readouterr().err.split())
+        assert (ours.num_tokens, ours.fingerprint) == (4096, bundled().fingerprint)
+        assert ours.encode("a<image>", specials=True) == bundled().encode("a<image>")
+        for used in ({"bos_token": "<image>"}, {"chat_template": "{{ '<image>' }}"}):
+            with pytest.raises(UserError, match=r"token 4096, '<image>', has no row in the model\. Take the model"):
+                load_tokenizer(beside(tmp_path, tokenizer_config=config | used))
+        with pytest.raises(UserError, match="has no row"):
+            load_tokenizer(beside(tmp_path, tokenizer_config=config, config={"vocab_size": 4000}))
 
     def test_tokens_of_added_tokens_json(self, tmp_path: Path) -> None:
         place = beside(tmp_path, added_tokens={"<tool>": 4096}, tokenizer_config={})
