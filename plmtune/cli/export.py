@@ -25,6 +25,7 @@ from plmtune.io.tables import show
 @option("--adapters merge|keep", "Merge adapters into their base, or export them as adapters.", default="merge")
 @base_option
 @option("--context N", "Give the cache room for N tokens (executorch).", type=click.IntRange(2))
+@option("--ollama", "Write a Modelfile beside each file, for ollama create (gguf).", is_flag=True)
 @option("--no-verify", "Skip loading and comparing the files.")
 @overwrite_option
 def export(checkpoint: str | None, quant: str | None, no_verify: bool, **options: Any) -> None:

@@ -20,6 +20,7 @@ from plmtune.export.gguf_quantize import quantize_gguf
 from plmtune.export.gguf_writer import write_gguf, write_gguf_adapter
 from plmtune.export.huggingface import export_adapter, export_hf
 from plmtune.export.lint import QUANTIZED, WRITTEN, Target, lint
+from plmtune.export.ollama import modelfile
 from plmtune.export.report import Report
 from plmtune.export.runtimes import UNVERIFIED
 from plmtune.export.runtimes.gguf_facts import flash_settings
@@ -87,6 +88,7 @@ def export(
     adapters: Literal["merge", "keep"] = "merge",
     base: Path | None = None,
     context: int | None = None,
+    ollama: bool = False,
     overwrite: bool = False,
     verify: bool = True,
     log: Callable[[str], None] = lambda text: None,
@@ -103,6 +105,7 @@ def export(
         adapters: merged into their base, or kept as adapters.
         base: of the adapters; None: what they name.
         context: of an executorch program, whose cache has a fixed size; None: at most 2,048.
+        ollama: write a Modelfile beside each GGUF file that passes.
         verify: load it in the program that will serve it, and compare.
         log: gets a line for each step.
 
@@ -117,6 +120,8 @@ def export(
         raise UserError(f"--as {as_}: only --to hf has other forms.")
     if context is not None and to != "executorch":
         raise UserError(f"--context {context}: only a program for ExecuTorch has a cache of a fixed size.")
+    if ollama and (to != "gguf" or adapters == "keep"):
+        raise UserError("--ollama: only --to gguf of a whole model has a Modelfile.")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file. Name a folder.")
     if adapters == "keep":
@@ -124,6 +129,9 @@ def export(
         return
     paths = {kind: folder / _file_name(to, name, kind, as_) for kind in wanted}
     _check(source, to, paths, as_, overwrite, log, verify)
+    for path in paths.values() if ollama else ():
+        if (beside := _modelfile(path)).exists() and not overwrite:
+            raise UserError(f"{beside} is there already. Name another place with --out, or give --overwrite.")
     log(f"reading {source}")
     tokenizer = load_model_tokenizer(source, base)
     model = load_model(source, dtype=None, base=base).eval()
@@ -146,6 +154,13 @@ def export(
             made = Exported(path, 0, notes, report, _commands(to, temporary, path, tokenizer, as_))
             if not made.passed:
                 made.path, made.commands = _unverified(path), []
+            elif ollama:
+                text, more = modelfile(path.name, tokenizer, source)
+                _modelfile(temporary).write_text(text, encoding="utf-8")
+                made.notes += more
+                if _flash_attention(temporary):
+                    made.notes.append("Start Ollama with OLLAMA_FLASH_ATTENTION=0, or it aborts on this model.")
+                made.commands.append(f"ollama create {name} -f {_modelfile(path)}")
             _refuse_existing(made.path, overwrite, to)
             _move(temporary, made.path, overwrite)
         made.num_bytes = _size(made.path)
@@ -265,6 +280,10 @@ def _move(temporary: Path, path: Path, overwrite: bool) -> None:
         if place.is_dir() and overwrite:
             shutil.rmtree(place)
         made.replace(place)
+
+
+def _modelfile(path: Path) -> Path:
+    return path.with_name(f"{path.name}.Modelfile")
 
 
 def _unverified(path: Path) -> Path:

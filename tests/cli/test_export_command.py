@@ -33,6 +33,23 @@ class TestGguf:
         assert files(folder / "exports") == ["small-F32.gguf"]
         assert "KL from the export's own numbers" in out and "verified: it is" in out and "-fa off" in out
 
+    def test_a_modelfile_lies_beside_the_file(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        words = ("export", "small", "--to", "gguf", "--ollama", "--no-verify")
+        code, out, err = run(monkeypatch, capsys, *words)
+        assert code == 0, err
+        assert files(folder / "exports") == ["small-F16.gguf", "small-F16.gguf.Modelfile"]
+        written = (folder / "exports" / "small-F16.gguf.Modelfile").read_text()
+        assert written.startswith('FROM ./small-F16.gguf\nTEMPLATE """') and "PARAMETER stop" in written
+        assert "ollama create small -f exports/small-F16.gguf.Modelfile" in " ".join(out.split())
+        (folder / "exports" / "small-F16.gguf").unlink()
+        code, out, err = run(monkeypatch, capsys, *words)
+        assert (code, "small-F16.gguf.Modelfile is there already" in err) == (2, True)
+        for more in (("--to", "hf"), ("--to", "gguf", "--adapters", "keep")):
+            code, out, err = run(monkeypatch, capsys, "export", "small", "--ollama", *more)
+            assert (code, "--ollama: only --to gguf of a whole model has a Modelfile." in err) == (2, True)
+
     def test_a_file_that_fails_is_kept_under_another_name_beside_those_that_pass(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
