@@ -14,6 +14,7 @@ from plmtune.config.builtin import builtin_folder
 from plmtune.config.rules import read_yaml
 from plmtune.config.schema import PretrainConfig
 from plmtune.models.families import model_types
+from plmtune.models.gguf_architectures import BY_NAME
 from plmtune.registry import describe_components
 
 PAGES = [*documented.PAGES, documented.ROOT / "benchmarks" / "README.md"]
@@ -68,6 +69,13 @@ def test_the_models_page_names_every_family_and_preset_with_its_parameters() -> 
         if count and model != "plm":  # whose presets have a table of their own
             exact[path.stem] = model, count[1]
     assert {preset: row for preset, row in shown.items() if preset != row[0]} == exact
+
+
+def test_the_models_page_names_every_architecture_of_gguf() -> None:
+    page = (documented.ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    table = page.partition("| architecture | model |")[2].partition("\n\n")[0]
+    rows = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| `")]
+    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row)) == sorted(BY_NAME)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

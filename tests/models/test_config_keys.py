@@ -19,7 +19,18 @@ from plmtune.models.family import HARMLESS
 from plmtune.models.hf import load_model
 
 MISSING = object()
-NAMES = ["llama-yarn", "smollm3", "mistral", "gemma2", "gemma3", "phi4-mini", "granite", "stablelm", "glm", "deepseek_v3"]
+NAMES = [
+    "llama-yarn",
+    "smollm3",
+    "mistral",
+    "gemma2",
+    "gemma3",
+    "phi4-mini",
+    "granite",
+    "stablelm",
+    "glm",
+    "deepseek_v3",
+]
 IDS = torch.randint(3, 101, (1, 24), generator=torch.Generator().manual_seed(1))
 # Keys that files of other families or of old versions have.
 MORE = {
