@@ -114,6 +114,7 @@ def bench(
     if found:
         name, threads = provenance.device_name(where), found[0].threads
         _print(found, f"{name}, {show_number_of(threads, 'thread')}, reads {bandwidth / 1e9:.1f} GB/s")
+        _print_forms(found)
         if json_path is not None:
             entries = {
                 "when": provenance.now(),
@@ -140,6 +141,20 @@ def _flash_settings(target: str, asked: str) -> tuple[bool | None, ...]:
         return (None,)
     settings = flash_settings(Path(target))
     return settings if asked == "both" else (asked == "on",)
+
+
+def _print_forms(found: list[Measurement]) -> None:
+    """Print what each PLM's GGUF file would take in llama.cpp's other architecture for it, at the longest context."""
+    from plmtune.devices.latent_form import comparison, of_file
+    from plmtune.io.tables import show
+
+    longest = {entry.target: entry.context for entry in found}  # they come in order
+    for target, context in longest.items():
+        forms = of_file(Path(target)) if target.endswith(".gguf") and Path(target).is_file() else None
+        if forms is not None:
+            own, other, is_second = forms
+            how = "as deepseek2 it takes" if is_second else "plmtune export --to gguf --as deepseek2 would take"
+            show(f"{target}: {how} {comparison(own, other, context)}")
 
 
 def _print(found: list[Measurement], machine: str) -> None:

@@ -21,7 +21,12 @@ from plmtune.io.tables import show
 )
 @option("--out PATH", "Write to this folder (default: exports).")
 @option("--name TEXT", "Name the files (default: after the checkpoint's directory).")
-@option("--as deepseek", "Write a PLM as a dense DeepSeek-V3, for vLLM and SGLang (hf).", "as_")
+@option(
+    "--as deepseek|deepseek2",
+    "Write a PLM in another form. deepseek: a dense DeepSeek-V3, for vLLM and SGLang (hf); deepseek2: llama.cpp's "
+    "architecture that caches the latent alone and has flash attention (gguf).",
+    "as_",
+)
 @option("--adapters merge|keep", "Merge adapters into their base, or export them as adapters.", default="merge")
 @base_option
 @option("--context N", "Give the cache room for N tokens (executorch).", type=click.IntRange(2))
@@ -38,6 +43,7 @@ def export(checkpoint: str | None, quant: str | None, no_verify: bool, **options
 
     \b
     plmtune export runs/demo_sft/latest --to gguf --quant q8_0,q4_k_m
+    plmtune export runs/demo_sft/latest --to gguf --as deepseek2
     plmtune export runs/demo_sft/latest --to hf --as deepseek
     plmtune export runs/demo_sft/latest --to executorch --quant int8_dynamic
     """

@@ -15,7 +15,7 @@ from plmtune.config import compose
 from plmtune.config.builtin import builtin_folder
 from plmtune.config.choices import presets
 from plmtune.config.schema import TrainingConfig
-from plmtune.devices import costs
+from plmtune.devices import costs, latent_form
 from plmtune.devices.costs import ModelShape
 from plmtune.devices.device import Device, load_device
 from plmtune.devices.pareto import draw_front, draw_speeds, front
@@ -107,6 +107,7 @@ def show_plan(
     findings = lint_deploy(model_shape.model.config)
 
     _print_model(name, model_shape, asked.runtimes if not refused else ["plmtune"], longest[-1])
+    forms = _print_forms(model_shape, [scheme for runtime, scheme in pairs if runtime == "llama.cpp"], longest[-1])
     for device in asked.devices:
         _print_device(device, [p for p in predictions if p.device == device.key], longest)
     if refused:
@@ -130,6 +131,7 @@ def show_plan(
             "parameters": model_shape.parameters,
             "non_embedding_parameters": model_shape.non_embedding_parameters,
             "cache_bytes_a_token": {runtime: costs.cache_bytes(model_shape, runtime) for runtime in costs.RUNTIMES},
+            "llama.cpp_forms": forms,
             "weights": [{"runtime": r, "scheme": s, **asdict(w)} for (r, s), w in held.items()],
             "devices": {device.key: asdict(device) for device in asked.devices},
             "predictions": [as_plain(prediction) for prediction in predictions],
@@ -174,6 +176,20 @@ def _print_model(name: str, model_shape: ModelShape, runtimes: list[str], contex
             f"{runtime:<10} a cache of {show_bytes(a_token)} a token, {show_bytes(whole)} at {context:,}; "
             f"{show_count(flops)} FLOPs a token there"
         )
+
+
+def _print_forms(model_shape: ModelShape, schemes: list[str], context: int) -> dict[str, Any] | None:
+    """Print what the other form of a PLM's GGUF file costs in one scheme, and return both; None: there is none."""
+    if not schemes:
+        return None
+    scheme = "q8_0" if "q8_0" in schemes else schemes[0]
+    forms = latent_form.of_model(model_shape, scheme)
+    if forms is None:
+        return None
+    show(
+        f"{'':<10} with plmtune export --to gguf --as deepseek2, in {scheme}: {latent_form.comparison(*forms, context)}"
+    )
+    return {"scheme": scheme, "plm": asdict(forms[0]), "deepseek2": asdict(forms[1])}
 
 
 def _print_device(device: Device, predictions: list[Prediction], contexts: list[int]) -> None:

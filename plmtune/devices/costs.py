@@ -1,6 +1,7 @@
 """What a model costs a device, by arithmetic: bytes to hold, bytes and FLOPs a token. The model is not run.
 
-Two runtimes are known: plmtune, whose cache holds an MLA's latent, and llama.cpp, which expands it to keys and values.
+Two runtimes are known: plmtune, whose cache holds an MLA's latent, and llama.cpp, which expands a PLM's to keys and
+values, but not in the architecture deepseek2.
 """
 
 from __future__ import annotations
@@ -56,11 +57,13 @@ class Attention:
 
     Attributes:
         kind: "latent" (MLA) or "heads": how plmtune's cache holds it.
-        latent: numbers a token in plmtune's cache; expanded: in llama.cpp's, keys and values of each head.
+        latent: numbers a token in plmtune's cache; expanded: in llama.cpp's, keys and values of each head if not
+            absorbed.
         decode: FLOPs of one new token for each cached one, in plmtune.
         prompt: FLOPs of one token for each token it attends to over keys and values: of a prompt, and in llama.cpp.
         heads: of queries.
         window: tokens that a token attends to at most; None: all.
+        absorbed: llama.cpp caches the latent and attends over it, of prompts, too.
     """
 
     kind: Literal["latent", "heads"]
@@ -70,6 +73,7 @@ class Attention:
     prompt: int
     heads: int
     window: int | None = None
+    absorbed: bool = False
 
     def seen(self, tokens: int) -> int:
         """Tokens that one after so many others attends to."""
@@ -107,7 +111,20 @@ class ModelShape:
         formats = {n: m.format for n, m in model.named_modules() if isinstance(m, Quantized)}
         other = sum(p.numel() for p in model.parameters()) - sum(m.numel for m in matrices if m.name not in formats)
         layers: list[Any] = list(model.layers)
-        return cls(model, tuple(matrices), tuple(_attention(layer.attention) for layer in layers), other, formats)
+        return cls(model, tuple(matrices), tuple(map(_attention, layers)), other, formats)
+
+    def as_deepseek2(self) -> ModelShape:
+        """A PLM's shape in the form deepseek2 of a GGUF file: the latent cached, each up projection held twice."""
+        gates = [
+            replace(matrix, name=matrix.name.replace("up_proj", "gate_proj"))
+            for matrix in self.matrices
+            if matrix.name.endswith("ffn.up_proj")
+        ]
+        return replace(
+            self,
+            matrices=(*self.matrices, *gates),
+            attention=tuple(replace(a, expanded=a.latent, absorbed=True) for a in self.attention),
+        )
 
     def repeated(self, num_layers: int) -> ModelShape:
         """The shape with `num_layers` layers, of a model with one layer: a sweep builds one model."""
@@ -155,7 +172,8 @@ class ModelShape:
         return tuple(m for m in self.matrices if m.name not in looked_up and not m.name.startswith(VALUES))
 
 
-def _attention(module: Any) -> Attention:
+def _attention(layer: Any) -> Attention:
+    module = layer.attention
     if not (hasattr(module, "head_shapes") and hasattr(module, "cache_shapes")):
         raise ValueError(f"{type(module).__name__} has no head_shapes() and cache_shapes(), which its costs come from")
     (heads, key), (kv_heads, _), (_, value) = module.head_shapes()
@@ -165,7 +183,8 @@ def _attention(module: Any) -> Attention:
     if len(module.cache_shapes()) == 1:
         # Scores over the latent and the rope key, then a sum of latents, for each head (absorbed decoding).
         decode = 2 * heads * (kept + module.kv_lora_rank)
-        return Attention("latent", kept, expanded, decode, prompt, heads)
+        gated = hasattr(layer.ffn, "gate_proj")  # so it is of the architecture deepseek2
+        return Attention("latent", kept, kept if gated else expanded, decode, prompt, heads, absorbed=gated)
     return Attention("heads", kept, expanded, prompt, prompt, heads, getattr(module, "window", None))
 
 
@@ -268,6 +287,7 @@ def _our_forms(model_shape: ModelShape, scheme: str) -> dict[str, tuple[str, int
 def _gguf_forms(model_shape: ModelShape, scheme: str) -> dict[str, tuple[str, int]]:
     """What llama.cpp's quantizer (llama_tensor_get_type) stores matrices as; one type for all where ours writes."""
     kind, forms, head = scheme.upper(), {}, model_shape.head
+    absorbed = any(attention.absorbed for attention in model_shape.attention)
     first, last = model_shape.num_layers // 8, 7 * model_shape.num_layers // 8
     for matrix in model_shape.matrices:
         layer = matrix.layer or 0
@@ -281,6 +301,13 @@ def _gguf_forms(model_shape: ModelShape, scheme: str) -> dict[str, tuple[str, in
         else:
             type = stored_type(kind, matrix.width, head=matrix is head)
         forms[matrix.name] = type, stored_bytes(type, matrix.numel)
+        if absorbed and matrix.name.endswith("kv_b_proj"):
+            # The keys' part is stored transposed, in rows of another width.
+            part: Any = model_shape.model.config["attention"]
+            width = part["qk_nope_head_dim"]
+            keys = matrix.numel * width // (width + part["v_head_dim"])
+            size = stored_bytes(stored_type(kind, width), keys)
+            forms[matrix.name] = type, size + stored_bytes(type, matrix.numel - keys)
     return forms
 
 
@@ -292,12 +319,17 @@ def cache_bytes(model_shape: ModelShape, runtime: str, tokens: int = 1, *, dtype
 
 def attention_flops(model_shape: ModelShape, runtime: str, tokens: int) -> int:
     """FLOPs that one new token's attention over so many cached ones takes."""
-    return sum((a.decode if runtime == "plmtune" else a.prompt) * a.seen(tokens) for a in model_shape.attention)
+    return sum(
+        (a.decode if runtime == "plmtune" or a.absorbed else a.prompt) * a.seen(tokens) for a in model_shape.attention
+    )
 
 
-def prompt_attention_flops(model_shape: ModelShape, tokens: int) -> int:
+def prompt_attention_flops(model_shape: ModelShape, tokens: int, runtime: str = "plmtune") -> int:
     """FLOPs of attention over a prompt, whose tokens see half of it each, or their window."""
-    return sum(a.prompt * a.pairs(tokens) for a in model_shape.attention)
+    return sum(
+        (a.decode if runtime == "llama.cpp" and a.absorbed else a.prompt) * a.pairs(tokens)
+        for a in model_shape.attention
+    )
 
 
 def decode_flops(model_shape: ModelShape, runtime: str, context: int) -> int:
@@ -314,6 +346,6 @@ def workspace_bytes(model_shape: ModelShape, runtime: str, prompt: int, context:
     inside = max(2 * widest, attended)
     if runtime == "plmtune":
         return 2 * rows * (residual + inside) + 4 * model_shape.model.vocab_size
-    # Without flash attention, which cannot be had for MLA there, the scores of a batch are there as a whole.
-    scores = max(a.heads for a in model_shape.attention) * context
+    # Without flash attention, which a PLM's own architecture has not, the scores of a batch are there as a whole.
+    scores = max(0 if a.absorbed else a.heads for a in model_shape.attention) * context
     return 4 * rows * (residual + max(inside, scores)) + 4 * model_shape.model.vocab_size

@@ -14,6 +14,7 @@ import plmtune
 from plmtune import dtypes
 from plmtune.config import compose
 from plmtune.devices import sparse_decode
+from plmtune.devices.latent_form import cached_numbers
 from plmtune.devices.sweep import vocabulary
 from plmtune.errors import UserError
 from plmtune.export.runtimes import InferenceRuntime, open_runtime
@@ -157,8 +158,10 @@ def _stored(path: Path) -> tuple[int | None, int | None, str]:
         heads = number("attention.head_count")
         width = number("embedding_length") // max(heads, 1)
         widths = number("attention.key_length", width) + number("attention.value_length", width)
-        # Keys and values of all heads in 16 bits, also of MLA.
+        # Keys and values of all heads in 16 bits, also of MLA but in one architecture.
         cache = 2 * number("block_count") * number("attention.head_count_kv", heads) * widths
+        if architecture == "deepseek2":
+            cache = 2 * cached_numbers(file, architecture)
     return read, cache or None, next(iter(kinds))
 
 

@@ -136,7 +136,7 @@ def decode_seconds(model_shape: ModelShape, device: Device, runtime: str, held: 
 def prompt_seconds(model_shape: ModelShape, device: Device, runtime: str, held: Weights, prompt: int) -> float:
     """Seconds to read a prompt, whose products are bound by compute, or by reading where it is short."""
     rates = device.rates.get(runtime)
-    attention = costs.prompt_attention_flops(model_shape, prompt)
+    attention = costs.prompt_attention_flops(model_shape, prompt, runtime)
     # Only the last token's logits are wanted.
     flops = {form: 2.0 * prompt * numbers for form, numbers in held.numbers.items()}
     flops[held.head] += 2.0 * model_shape.head.numel

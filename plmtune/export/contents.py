@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,11 +19,12 @@ from torch import Tensor
 from plmtune.errors import UserError
 from plmtune.export.huggingface import GATE
 from plmtune.export.runtimes import form_of
+from plmtune.models import gguf_file
 from plmtune.models.assemble import component_from_config
 from plmtune.models.checkpoint_files import CONFIG, Stored, checkpoint_directory, locate, opened_weights, read_json
 from plmtune.models.families import names_of
-from plmtune.models.gguf_architectures import BY_NAME
 from plmtune.models.gguf_file import opened_gguf
+from plmtune.models.gguf_forms import architecture_of
 from plmtune.models.gguf_match import match
 from plmtune.models.gguf_rope import FREQS, LONG, SHORT
 from plmtune.models.hf_config import described_model, hf_config, read_formats
@@ -39,6 +41,25 @@ _DEFAULT_THETA = 10000.0
 _EMBEDDING = "tok_embeddings.weight"
 # The token that ends a text for llama.cpp where a file of this tokenizer names none.
 _DEFAULT_EOS = {"gpt2": 11}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of a GGUF file that holds one of ours in another form: in part, transposed or times a factor.
+
+    Attributes:
+        name: ours.
+        theirs: the file's.
+        kind: how its numbers are written.
+        held: gives them.
+        written: gives what the file should hold, from what gives one of our tensors.
+    """
+
+    name: str
+    theirs: str
+    kind: str
+    held: Callable[[], Tensor]
+    written: Callable[[Callable[[str], Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -62,6 +83,8 @@ class Contents:
         ends: the id that the file says ends a text; None: it does not say.
         ends_turn: the id that it says ends a turn; None: it does not say.
         computation: what its config.json describes, as `Decoder.computation` says it; empty: not known.
+        architecture: of a GGUF file.
+        pieces: of our tensors that a GGUF file holds in another form.
     """
 
     kind: str
@@ -79,6 +102,8 @@ class Contents:
     ends: int | None = None
     ends_turn: int | None = None
     computation: Mapping[str, Any] = field(default_factory=dict)
+    architecture: str | None = None
+    pieces: tuple[Piece, ...] = ()
 
 
 def read_contents(path: Path, model: Decoder) -> Contents:
@@ -208,14 +233,21 @@ def _names(model: Decoder) -> list[str]:
 def _of_gguf(path: Path, model: Decoder) -> Contents:
     with opened_gguf(path) as file:
         metadata, held = file.metadata, file.tensors
+    architecture = architecture_of(metadata, path)
     name = metadata.get("general.architecture")
 
     def said(key: str, kind: type[T], default: Any = None) -> T | None:
         value = metadata.get(f"tokenizer.{key}", default)
         return value if type(value) is kind else None
 
+    def stored(theirs: str) -> Tensor:
+        return torch.from_numpy(file.read(theirs))
+
+    def written(theirs: str, weight: Callable[[str], Tensor]) -> Tensor:
+        return layout.write(model.config, theirs, groups[theirs], weight)
+
     def read(ours: str) -> Tensor:
-        found = layout.read(model.config, ours, groups, rows, lambda theirs: torch.from_numpy(file.read(theirs)))
+        found = layout.read(model.config, ours, groups, rows, stored)
         if layout.unit_offset and ours.endswith("norm.weight"):
             own = state[ours].float()
             found = torch.where(own + 1 - 1 == found, own, found)  # stored as 1 + weight, which rounds
@@ -235,7 +267,7 @@ def _of_gguf(path: Path, model: Decoder) -> Contents:
     ours_there = _names(model)
     if "output.weight" in held and "output.weight" not in ours_there:
         ours_there.append("output.weight")
-    layout = (BY_NAME.get(str(name)) or match(model.config).architecture).layout
+    layout = (architecture or match(model.config).architecture).layout
     groups = layout.groups(ours_there)
     state = model.state_dict()
     rows = {ours: len(tensor) for ours, tensor in state.items()}
@@ -247,7 +279,7 @@ def _of_gguf(path: Path, model: Decoder) -> Contents:
         kind=next(iter(file.kinds()), "F32"),
         settings={"attention.rope_theta": _DEFAULT_THETA} | settings,
         tensors=_Lazy(there, read),
-        kinds={ours: held[names[ours][0]].kind.name for ours in there},
+        kinds={ours: min((held[part].kind.name for part in names[ours]), key=gguf_file.bits_of) for ours in there},
         declared=_declared(metadata.get("general.file_type")),
         missing=tuple(sorted(set(groups) - set(held))),
         unknown=tuple(sorted(set(held) - set(groups) - {FREQS, LONG, SHORT})),
@@ -258,6 +290,13 @@ def _of_gguf(path: Path, model: Decoder) -> Contents:
         template=said("chat_template", str),
         ends=said("ggml.eos_token_id", int, _DEFAULT_EOS.get(str(said("ggml.model", str)))),
         ends_turn=said("ggml.eot_token_id", int),
+        architecture=name if isinstance(name, str) else None,
+        pieces=tuple(
+            Piece(ours, theirs, held[theirs].kind.name, partial(stored, theirs), partial(written, theirs))
+            for ours in there
+            for theirs in names[ours]
+            if len(names[ours]) > 1 or layout.factor(theirs) != 1
+        ),
     )
 
 

@@ -44,6 +44,15 @@ def reported_only(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
     return ours, theirs
 
 
+def divergence(ours: Tensor, theirs: Tensor) -> float:
+    """Mean KL divergence of theirs (Tensor), log-probabilities [n, v], from ours, in nats, over the reported tokens."""
+    nats = 0.0
+    for log_p, log_q in (reported_only(*rows) for rows in zip(ours.split(64), theirs.split(64), strict=True)):
+        gaps = log_p.clamp(min=LOWEST) - log_q.clamp(min=LOWEST)
+        nats += float((log_p.exp() * gaps).sum())
+    return abs(nats) / len(ours)
+
+
 def distance(one: Tensor, other: Tensor) -> float:
     """Mean absolute difference of log-probabilities, [n, v], over the tokens that the other reports."""
     one, other = reported_only(one, other)

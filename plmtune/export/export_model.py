@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -30,6 +30,7 @@ from plmtune.io.hub import model_of
 from plmtune.models.adapters import holds_adapters, load_model, load_model_tokenizer, read_model_config
 from plmtune.models.checkpoint_files import checkpoint_directory, locate, model_name
 from plmtune.models.directory import check_free
+from plmtune.models.gguf_forms import Form
 from plmtune.models.hf_config import read_formats
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Quantized
@@ -41,6 +42,8 @@ _KINDS: dict[Target, tuple[str, ...]] = {
     "hf": dtypes.NAMES,
     "executorch": SCHEMES,
 }
+As = Literal["deepseek"] | Form
+_AS: dict[Target, tuple[str, ...]] = {"gguf": get_args(Form), "hf": ("deepseek",), "executorch": ()}
 _DEFAULT: dict[Target, str] = {"gguf": "f16", "hf": "bf16", "executorch": "int8_dynamic"}
 
 
@@ -84,7 +87,7 @@ def export(
     quant: Sequence[str] = (),
     out: Path | None = None,
     name: str | None = None,
-    as_: Literal["deepseek"] | None = None,
+    as_: As | None = None,
     adapters: Literal["merge", "keep"] = "merge",
     base: Path | None = None,
     context: int | None = None,
@@ -101,7 +104,7 @@ def export(
         quant: GGUF's types, dtypes for hf, schemes for executorch; empty: one that suits.
         out: a folder; None: exports/.
         name: of the files; None: by the checkpoint's place.
-        as_: for hf, see `export.huggingface`.
+        as_: another form: of hf, see `export.huggingface`; of gguf, see `models.gguf_forms`.
         adapters: merged into their base, or kept as adapters.
         base: of the adapters; None: what they name.
         context: of an executorch program, whose cache has a fixed size; None: at most 2,048.
@@ -116,8 +119,12 @@ def export(
     wanted = [kind.strip().lower() for kind in quant if kind.strip()] or [_default(to, source)]
     folder = out or Path("exports")
     name = name or export_name(source)
-    if as_ is not None and to != "hf":
-        raise UserError(f"--as {as_}: only --to hf has other forms.")
+    if as_ is not None and as_ not in _AS[to]:
+        of = next(target for target, forms in _AS.items() if as_ in forms)
+        has = f"--to {to} has --as {' and --as '.join(_AS[to])}" if _AS[to] else f"--to {to} has no other forms"
+        raise UserError(f"--as {as_} is a form of --to {of}; {has}.")
+    if as_ is not None and adapters == "keep":
+        raise UserError(f"--as {as_} is a form of whole models. Merge the adapters: --adapters merge.")
     if context is not None and to != "executorch":
         raise UserError(f"--context {context}: only a program for ExecuTorch has a cache of a fixed size.")
     if ollama and (to != "gguf" or adapters == "keep"):
@@ -142,11 +149,12 @@ def export(
         log(f"writing {path}" + (", which takes minutes" if to == "executorch" else ""))
         with _temporary(path) as temporary:
             if to == "hf":
-                notes = export_hf(model, tokenizer, temporary, as_=as_, dtype=dtypes.from_name(kind))
+                deepseek: Literal["deepseek"] | None = None if as_ is None else "deepseek"
+                notes = export_hf(model, tokenizer, temporary, as_=deepseek, dtype=dtypes.from_name(kind))
             elif to == "executorch":
                 notes = export_pte(model, tokenizer, temporary, scheme=kind, max_seq_len=context)
             else:
-                notes = _write_gguf(model, tokenizer, temporary, kind.upper(), name)
+                notes = _write_gguf(model, tokenizer, temporary, kind.upper(), name, _gguf_form(as_))
             report = None
             if verify:
                 log(f"verifying {path}")
@@ -187,7 +195,7 @@ def export_name(source: Path) -> str:
 
 def _file_name(to: Target, name: str, kind: str, as_: str | None) -> str:
     if to == "gguf":
-        return f"{name}-{kind.upper()}.gguf"
+        return f"{name}-{as_ + '-' if as_ else ''}{kind.upper()}.gguf"
     if to == "executorch":
         return f"{name}-{kind}.pte"
     return f"{name}-{as_ or 'hf'}" + ("" if kind == "bf16" else f"-{kind}")
@@ -197,7 +205,7 @@ def _check(
     source: Path,
     to: Target,
     paths: dict[str, Path],
-    as_: str | None,
+    as_: As | None,
     overwrite: bool,
     log: Callable[[str], None],
     verify: bool,
@@ -230,7 +238,7 @@ def _check(
         _refuse_existing(path, overwrite, to)
         if path.resolve() in (source.resolve(), *source.resolve().parents):
             raise UserError(f"{path} holds the checkpoint that is exported. Name another place with --out.")
-    for finding in lint(description, to, list(paths)):
+    for finding in lint(description, to, list(paths), _gguf_form(as_)):
         if finding.level == "refused":
             raise UserError(f"{source} cannot be exported to {to}: {finding.text}")
         if as_ is None or "--as" not in finding.text:
@@ -238,6 +246,10 @@ def _check(
     size = sum(file.stat().st_size for file in {*locate(source).values()}) if not holds_adapters(source) else 0
     # A type of fewer bits is made of a file of more, which is there for a while.
     check_room(next(iter(paths.values())).parent, size * (1 + len(paths)))
+
+
+def _gguf_form(as_: As | None) -> Form | None:
+    return "deepseek2" if as_ == "deepseek2" else None
 
 
 def _refuse_existing(path: Path, overwrite: bool, to: Target) -> None:
@@ -305,12 +317,13 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _write_gguf(model: Decoder, tokenizer: Tokenizer, path: Path, kind: str, name: str) -> list[str]:
+def _write_gguf(model: Decoder, tokenizer: Tokenizer, path: Path, kind: str, name: str, form: Form | None) -> list[str]:
     if kind in WRITTEN:
-        return write_gguf(model, tokenizer, path, kind=kind, name=name)
+        return write_gguf(model, tokenizer, path, kind=kind, name=name, as_=form)
     # llama.cpp's quantizer reads a file: one of all the bits there are.
     whole = path.with_name(f"{path.name}.source.gguf")
-    notes = write_gguf(model, tokenizer, whole, kind="F32" if model.dtype == torch.float32 else "BF16", name=name)
+    source = "F32" if model.dtype == torch.float32 else "BF16"
+    notes = write_gguf(model, tokenizer, whole, kind=source, name=name, as_=form)
     notes += quantize_gguf(whole, path, kind)
     whole.unlink()
     return notes

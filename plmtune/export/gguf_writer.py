@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,16 @@ from plmtune.io.atomic import atomic_write, check_room
 from plmtune.models.adapters import ADAPTERS, find_base, load_adapter, read_model_config
 from plmtune.models.assemble import component_from_config
 from plmtune.models.checkpoint_files import ADAPTER_CONFIG, Stored, locate, model_name, read_json
+from plmtune.models.gguf_forms import Form, with_factors
 from plmtune.models.gguf_layout import to_neighbours
 from plmtune.models.gguf_match import Match, match
+from plmtune.models.gguf_squared_relu import KEY, Factors
 from plmtune.models.hf_names import our_name
 from plmtune.modules.decoder import Decoder
-from plmtune.modules.peft import adapted
+from plmtune.modules.peft import adapted, effective_weight
 from plmtune.modules.quantized import Quantized
 from plmtune.tokenizers.tokenizer import Tokenizer
+from plmtune.units import show_bytes
 
 _CHUNK = 1 << 24  # numbers that are converted at a time
 _MOST_FP16 = 65504.0
@@ -84,6 +87,7 @@ def write_gguf(
     *,
     kind: str,
     name: str | None = None,
+    as_: Form | None = None,
 ) -> list[str]:
     """Write a model and its tokenizer as one GGUF file, in the place of one that is there; return notes for the user.
 
@@ -95,6 +99,7 @@ def write_gguf(
         model: of quantized layers the numbers are written that their integers stand for.
         kind: one of `lint.WRITTEN`.
         name: what the file says that the model is called; None: the path's.
+        as_: an architecture that is not the model's own, see `models.gguf_forms`.
 
     Raises:
         UserError: if the format has no such model or numbers, or the disk has no room.
@@ -102,13 +107,19 @@ def write_gguf(
     """
     kind, config = kind.upper(), model.config
     assert kind in WRITTEN, kind
-    found = match(config)
+    found = _with_factors(match(config, as_), model)
     if hasattr(model, "score"):
         raise UserError("GGUF has no place for a score head: a reward model cannot be exported to it.")
     if tokenizer.num_tokens > model.vocab_size:
         raise UserError(f"The tokenizer has {tokenizer.num_tokens} tokens, the model {model.vocab_size} rows.")
     parts = list(_parts(model, kind, found))
     notes = []
+    if found.architecture.layout.squared_relu is not None:
+        copied = sum(part.num_bytes for part in parts if ".ffn_gate." in part.name)
+        notes.append(
+            f"{show_bytes(copied)} of {show_bytes(sum(part.num_bytes for part in parts))} are a second copy of each "
+            f"layer's up projection, which {found.architecture.name} multiplies as the gate."
+        )
     if any(isinstance(module, Quantized) for module in model.modules()):
         notes.append("The integers of quantized layers are written as the numbers that they stand for.")
     odd = sorted({part.shape[-1] for part in parts if part.kind == "F16" and kind not in ("F16", "F32")})
@@ -123,6 +134,8 @@ def write_gguf(
         writer.add_file_type(LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
         writer.add_quantization_version(2)
         _write_model_keys(writer, found)
+        if (factors := found.architecture.layout.squared_relu) is not None:
+            writer.add_key_value(KEY, factors.values, GGUFValueType.ARRAY, GGUFValueType.FLOAT32)
         for key, value in vocabulary.items():
             # Without the items' type the library searches the whole list for it.
             items = _VALUES[type(value[0])] if isinstance(value, list) else None
@@ -207,6 +220,16 @@ def _parts(model: Decoder, kind: str, found: Match) -> Iterator[_Part]:
         yield _Part(name, shape, stored, numbers)
     for name, tensor in found.tensors.items():
         yield _Part(name, tuple(tensor.shape), "F32", tensor.clone)
+
+
+def _with_factors(found: Match, model: Decoder) -> Match:
+    """The same, with the factors of a squared ReLU that is stored as SwiGLU."""
+    if found.architecture.layout.squared_relu is None:
+        return found
+    layers: list[Any] = list(model.layers)
+    weights = ((effective_weight(layer.ffn.up_proj), layer.ffn_norm.weight) for layer in layers)
+    with torch.no_grad():
+        return replace(found, architecture=with_factors(found.architecture, Factors.choose(weights)))
 
 
 def _write_model_keys(writer: GGUFWriter, found: Match) -> None:

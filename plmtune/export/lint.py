@@ -16,6 +16,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from plmtune.errors import UserError
 from plmtune.models.assemble import component_config, component_from_config
 from plmtune.models.families import by_model_type
+from plmtune.models.gguf_forms import Form
 from plmtune.models.gguf_layout import kv_heads
 from plmtune.models.gguf_match import match
 from plmtune.models.hf_config import hf_config
@@ -65,15 +66,20 @@ class Finding:
     text: str
 
 
-def lint(config: Mapping[str, Any], target: Target, kinds: Sequence[str] = ()) -> list[Finding]:
+def lint(
+    config: Mapping[str, Any], target: Target, kinds: Sequence[str] = (), form: Form | None = None
+) -> list[Finding]:
     """Say what a format makes of a model.
 
     Args:
         config: a model's `config`: its components and sizes.
         target: the format.
         kinds: of its types or schemes, in small letters or not; those of hf change nothing.
+        form: of a GGUF file, an architecture that is not the model's own.
     """
-    return list({"gguf": _gguf, "hf": _hf, "executorch": _executorch}[target](config, kinds))
+    if target == "gguf":
+        return list(_gguf(config, kinds, form))
+    return list({"hf": _hf, "executorch": _executorch}[target](config, kinds))
 
 
 def lint_deploy(config: Mapping[str, Any]) -> list[Finding]:
@@ -111,13 +117,28 @@ def unwritten_setting(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def gguf_architecture(config: Mapping[str, Any]) -> str:
+def gguf_architecture(config: Mapping[str, Any], form: Form | None = None) -> str:
     """The architecture of GGUF that a model is.
+
+    Args:
+        form: one that is not its own; None: its own.
 
     Raises:
         UserError: if it is none, naming the part or the setting.
     """
-    return match(config).architecture.name
+    return match(config, form).architecture.name
+
+
+def cached_numbers(config: Mapping[str, Any], architecture: str) -> int:
+    """Numbers a token in llama.cpp's cache: of the latent in deepseek2, else of the keys and values of each head."""
+    if architecture == "deepseek2":
+        return int(config["num_layers"] * latent_width(config))
+    return int(config["num_layers"] * kv_heads(config) * sum(_head_dims(config)))
+
+
+def latent_width(config: Mapping[str, Any]) -> int:
+    """Numbers a token and layer that MLA caches."""
+    return int(config["attention"]["kv_lora_rank"] + config["attention"]["qk_rope_head_dim"])
 
 
 def stored_type(kind: str, width: int, *, head: bool = False) -> str:
@@ -153,6 +174,17 @@ def matrices(config: Mapping[str, Any]) -> dict[str, tuple[int, int, int]]:
     return found
 
 
+def _gguf_matrices(config: Mapping[str, Any], architecture: str) -> dict[str, tuple[int, int, int]]:
+    """`matrices` as a file has them: deepseek2 stores the keys' half of kv_b_proj transposed."""
+    found = matrices(config)
+    if architecture == "deepseek2":
+        attention, heads = config["attention"], config["num_heads"]
+        _, rank, count = found.pop("kv_b_proj")
+        found["attn_k_b"] = heads * rank, attention["qk_nope_head_dim"], count
+        found["attn_v_b"] = heads * attention["v_head_dim"], rank, count
+    return found
+
+
 def _meta_model(config: Mapping[str, Any]) -> Decoder:
     """A model without memory for its weights."""
     with torch.device("meta"):
@@ -179,30 +211,37 @@ def stored_bytes(kind: str, count: int) -> int:
     return count * size // block
 
 
-def _gguf(config: Mapping[str, Any], kinds: Sequence[str]) -> Iterator[Finding]:
+def _gguf(config: Mapping[str, Any], kinds: Sequence[str], form: Form | None) -> Iterator[Finding]:
     try:
-        architecture = gguf_architecture(config)
+        architecture = gguf_architecture(config, form)
     except UserError as error:
         yield Finding("refused", str(error))
         return
     for kind in kinds:
-        yield from _odd_rows(config, kind.upper())
-    key, value = _head_dims(config)
+        yield from _odd_rows(config, kind.upper(), architecture)
     context = config["max_seq_len"]
-    token = config["num_layers"] * kv_heads(config) * (key + value) * 2  # F16
+    token = cached_numbers(config, architecture) * 2  # F16
     size = f"{show_bytes(token)} a token, {show_bytes(token * context)} at {context:,} tokens"
     if architecture == "plm":
-        latent = (
-            2 * config["num_layers"] * (config["attention"]["kv_lora_rank"] + config["attention"]["qk_rope_head_dim"])
-        )
+        latent = cached_numbers(config, "deepseek2") * 2
         yield Finding(
             "warning",
             f"llama.cpp keeps keys and values expanded ({size}), {token / latent:.1f} times the latent's "
-            f"{show_bytes(latent)} a token.",
+            f"{show_bytes(latent)} a token, which --as deepseek2 caches.",
         )
         yield Finding("warning", "llama.cpp aborts on the architecture plm with flash attention: switch it off.")
     elif token * context >= _LARGE_CACHE:
         yield Finding("warning", f"llama.cpp's cache takes {size}: give it a shorter context with -c.")
+    if architecture == "deepseek2":
+        if latent_width(config) % 32:
+            yield Finding(
+                "warning",
+                f"A token has {latent_width(config)} numbers in a layer's cache, no multiple of 32: llama.cpp cannot "
+                "quantize it.",
+            )
+        yield from _odd_vocabulary(config)
+        return
+    key, value = _head_dims(config)
     if key % 32 or value % 32:
         yield Finding(
             "warning",
@@ -212,10 +251,10 @@ def _gguf(config: Mapping[str, Any], kinds: Sequence[str]) -> Iterator[Finding]:
     yield from _odd_vocabulary(config)
 
 
-def _odd_rows(config: Mapping[str, Any], kind: str) -> Iterator[Finding]:
+def _odd_rows(config: Mapping[str, Any], kind: str, architecture: str) -> Iterator[Finding]:
     head = "tok_embeddings" if config["tie_embeddings"] else "output"
     odd: dict[tuple[int, str, str], dict[str, int]] = {}
-    for name, (rows, width, count) in matrices(config).items():
+    for name, (rows, width, count) in _gguf_matrices(config, architecture).items():
         wanted, taken = _wanted(kind, name == head), stored_type(kind, width, head=name == head)
         if taken != wanted:
             odd.setdefault((width, wanted, taken), {})[name] = rows * width * count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -63,16 +64,29 @@ def suspect_tensors(model: Decoder, contents: Contents) -> dict[str, str]:
     """{our name: what is wrong with it} of the export's tensors that are not the checkpoint's numbers, as well as
     their type can hold them."""
     found: dict[str, str] = {}
+    pieces = {piece.name for piece in contents.pieces}
     for name, theirs in contents.tensors.items():
-        ours, kind = weight_of(model, name), contents.kinds.get(name, contents.kind)
-        if ours.shape != theirs.shape:
-            found[name] = f"it is {list(theirs.shape)}, not {list(ours.shape)}"
-        elif (beyond := _beyond(theirs, ours, kind)) is not None:
-            slope = float((theirs * ours).sum() / ours.square().sum().clamp(min=1e-30))  # by least squares
-            if abs(slope - 1) > _SLOPE and kind not in _EXACT and _beyond(theirs / slope, ours, kind) is None:
-                beyond = f"it is about {slope:.3g} times the checkpoint's"
-            found[name] = _relation(model, name, theirs, ours) or beyond
+        kind = contents.kinds.get(name, contents.kind)
+        if name not in pieces and (said := _suspicion(model, name, theirs, weight_of(model, name), kind)):
+            found[name] = said
+    for piece in contents.pieces:
+        ours = piece.written(partial(weight_of, model))
+        if said := _suspicion(model, piece.name, piece.held(), ours, piece.kind):
+            found[f"{piece.name}, as {piece.theirs}"] = said
     return found
+
+
+def _suspicion(model: Decoder, name: str, theirs: Tensor, ours: Tensor, kind: str) -> str:
+    """What is wrong with one tensor; empty: nothing."""
+    if ours.shape != theirs.shape:
+        return f"it is {list(theirs.shape)}, not {list(ours.shape)}"
+    beyond = _beyond(theirs, ours, kind)
+    if beyond is None:
+        return ""
+    slope = float((theirs * ours).sum() / ours.square().sum().clamp(min=1e-30))  # by least squares
+    if abs(slope - 1) > _SLOPE and kind not in _EXACT and _beyond(theirs / slope, ours, kind) is None:
+        beyond = f"it is about {slope:.3g} times the checkpoint's"
+    return _relation(model, name, theirs, ours) or beyond
 
 
 def _beyond(theirs: Tensor, ours: Tensor, kind: str) -> str | None:

@@ -20,10 +20,11 @@ from plmtune.errors import UserError
 from plmtune.export import probe_texts
 from plmtune.export.arithmetic import with_rounded_inputs
 from plmtune.export.contents import Contents, bits_of, differing, differing_parts, read_contents, settings_of
-from plmtune.export.diagnosis import LOWEST, as_exported, find_cause, log_probs, reported_only
+from plmtune.export.diagnosis import as_exported, divergence, find_cause, log_probs, reported_only
 from plmtune.export.report import Check, Report
 from plmtune.export.runtimes import InferenceRuntime, RuntimeName, choose_runtime, open_runtime
 from plmtune.export.stored import summarize, suspect_tensors, wrong_type
+from plmtune.export.verify_cache import compare_cache, compare_flash
 from plmtune.export.verify_text import compare_ids, compare_prompts
 from plmtune.models.adapters import load_model, load_model_tokenizer
 from plmtune.models.checkpoint_files import checkpoint_directory
@@ -48,6 +49,8 @@ _TOP_K = 1024
 _OF_ROUNDING = 4.0
 # Log-probabilities are fp32 numbers, which some runtimes write as text.
 _LEAST_KL = 1e-9
+# What an FFN that is stored in another form may change of a log-probability in F32.
+_MOST_OFF = 1e-4
 # A token that the runtime writes may be less likely in our model by as many times what rounding moves logarithms.
 _TIE, _LEAST_TIE = 8.0, 1e-3
 # Of the tokens that the runtime writes by itself, the share that our model, by more than its rounding, would not.
@@ -100,18 +103,22 @@ def verify(
     except UserError as error:
         report.add("opened by the runtime: failures", 1, 0, None, str(error) if report.passed else None)
         return report
+    numbers = None
     with opened as runtime:
         report.runtime = runtime.name
         ids = tokenizer.with_bos(tokenizer.encode(text if text is not None else probe_texts.PAGE))
         windows = _windows(ids, min(most, runtime.context), positions)
         report.positions = sum(last for _, last in windows)
         if runtime.vocab_size == model.vocab_size:
-            _compare_numbers(report, runtime, model, windows, contents)
+            numbers = _compare_numbers(report, runtime, model, windows, contents)
+            compare_cache(report, runtime, model, contents, windows[0][0])
         elif report.passed:
             said = f"the runtime has {runtime.vocab_size:,} rows of the vocabulary, the checkpoint {model.vocab_size:,}"
             report.add("rows of the vocabulary: that differ", 1, 0, None, said)
         compare_ids(report, runtime, tokenizer, contents, vocabulary_differs=runtime.vocab_size != model.vocab_size)
         compare_prompts(report, runtime, tokenizer, contents)
+    if numbers is not None:
+        compare_flash(report, export, contents, windows[0], *numbers, threads=threads, prefer=name)
     return report
 
 
@@ -167,8 +174,11 @@ def _compare_numbers(
     model: Decoder,
     windows: Sequence[tuple[list[int], int]],
     contents: Contents,
-) -> None:
-    """Lay what the runtime says beside what our model says: with the export's numbers, a check; without, its cost."""
+) -> tuple[Tensor, float]:
+    """Lay what the runtime says beside what our model says: with the export's numbers, a check; without, its cost.
+
+    Returns: what our model says with the export's numbers, of the first window, and the limit of the KL.
+    """
     targets = torch.tensor([id for ids, last in windows for id in ids[-last:]])
     theirs = torch.cat([runtime.log_probs(ids[:-1], last, _TOP_K) for ids, last in windows])
     prompt = windows[0][0][: min(_PROMPT, len(windows[0][0]) - 1)]
@@ -195,6 +205,11 @@ def _compare_numbers(
         cause = None if known else find_cause(model, windows[0][0][:-1], theirs[: windows[0][1]])
     said = f"nats; rounding inputs as the runtime does makes {rounding:.2g} in our model"
     report.add("KL from the export's own numbers", found, most, said, cause)
+    if contents.kind == "F32" and any("ffn_gate" in piece.theirs for piece in contents.pieces):
+        # An approximation of the FFN, not only a rounding.
+        off, by_rounding = (_largest_gap(own[:many], rows) for rows in (theirs, rounded[:many]))
+        limit = max(_MOST_OFF, _OF_ROUNDING * by_rounding)
+        report.add("log-probabilities: largest difference", off, limit, "nats, of the reported tokens", cause)
     # Each token that the runtime writes is looked at given what it wrote before, so one near tie is one, not a
     # continuation that has gone another way.
     margins = own[many:].amax(-1) - own[many:].gather(1, torch.tensor(written)[:, None])[:, 0]
@@ -203,6 +218,7 @@ def _compare_numbers(
     cause = "token by token the runtime computes something else than at once" if found <= most else None
     report.add("written tokens: that differ", float((margins > tie).float().mean()), _WRITTEN_OTHERWISE, said, cause)
     _add_cost(report, ours, theirs, targets)
+    return own[: windows[0][1]], most
 
 
 def _log_probs(model: Decoder, windows: Sequence[tuple[list[int], int]]) -> Tensor:
@@ -210,13 +226,10 @@ def _log_probs(model: Decoder, windows: Sequence[tuple[list[int], int]]) -> Tens
     return torch.cat([log_probs(model, ids[:-1], last) for ids, last in windows])
 
 
-def divergence(ours: Tensor, theirs: Tensor) -> float:
-    """Mean KL divergence of theirs (Tensor), log-probabilities [n, v], from ours, in nats, over the reported tokens."""
-    nats = 0.0
-    for log_p, log_q in (reported_only(*rows) for rows in zip(ours.split(64), theirs.split(64), strict=True)):
-        gaps = log_p.clamp(min=LOWEST) - log_q.clamp(min=LOWEST)
-        nats += float((log_p.exp() * gaps).sum())
-    return abs(nats) / len(ours)
+def _largest_gap(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference of log-probabilities, [n, v], of tokens that the second reports."""
+    one, other = reported_only(ours, theirs)
+    return float((one - other).masked_fill(theirs == -math.inf, 0).abs().max())
 
 
 def _add_cost(report: Report, ours: Tensor, theirs: Tensor, targets: Tensor) -> None:

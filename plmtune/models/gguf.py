@@ -22,10 +22,12 @@ from plmtune.models.directory import new_directory
 from plmtune.models.families import names_of
 from plmtune.models.gguf_architectures import BY_NAME, Architecture
 from plmtune.models.gguf_file import GGUFFile, opened_gguf
+from plmtune.models.gguf_forms import architecture_of
 from plmtune.models.gguf_keys import Metadata
 from plmtune.models.gguf_layout import Layout
 from plmtune.models.gguf_match import build
 from plmtune.models.gguf_rope import FREQS, LONG, SHORT
+from plmtune.models.gguf_squared_relu import KEY, is_copy
 from plmtune.models.gguf_tokenizer import read_tokenizer
 from plmtune.models.hf import hf_state
 from plmtune.models.hf_config import hf_config
@@ -102,7 +104,7 @@ def _ids(file: GGUFFile, tokenizer: Tokenizer) -> dict[str, Any]:
 def _build(file: GGUFFile) -> tuple[Decoder, Architecture]:
     """The model of the metadata, on the meta device, and how the file holds it."""
     path, name = file.path, file.metadata.get("general.architecture")
-    architecture = BY_NAME.get(name) if isinstance(name, str) else None
+    architecture = architecture_of(file.metadata, path)
     if architecture is None:
         raise UserError(f"{path}: general.architecture is {name!r:.80}; plmtune reads {', '.join(BY_NAME)}.")
     embedding = file.tensors.get("token_embd.weight")
@@ -147,9 +149,18 @@ def _write_weights(
     ours = names.groups(meta)
     sizes = {theirs: sum(meta[name].numel() for name in held) * dtype.itemsize for theirs, held in ours.items()}
     rows = {name: len(tensor) for name, tensor in meta.items()}
+    copies = layout.copies(groups)
 
     def read(name: str) -> Tensor:
         found = layout.read(model.config, name, groups, rows, lambda theirs: torch.from_numpy(file.read(theirs)))
+        if name in copies:
+            copy = layout.without_factor(copies[name], lambda theirs: torch.from_numpy(file.read(theirs)))
+            first = next(theirs for theirs, held in groups.items() if name in held)
+            if not is_copy(copy, found, (file.tensors[first].kind.name, file.tensors[copies[name]].kind.name)):
+                raise UserError(
+                    f"{file.path}: {copies[name]} is not the copy of {first} that the key {KEY} says it is, so the "
+                    "file holds no squared ReLU. Was it changed after the export?"
+                )
         cast = found.to(dtype)
         if not torch.isfinite(cast).all():
             theirs = next(theirs for theirs, held in groups.items() if name in held)

@@ -107,7 +107,7 @@ def _write_plm(config: Config) -> Written:
     if not config["tie_embeddings"]:
         raise UserError(
             "GGUF's architecture plm has no output matrix: its embeddings are tied (tie_embeddings=true). "
-            "Use --to hf --as deepseek."
+            "Use --as deepseek2 or --to hf --as deepseek."
         )
     attention = config["attention"]
     return write_sizes(config) | {

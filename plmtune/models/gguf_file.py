@@ -33,6 +33,12 @@ _MAX_ITEMS = 1 << 21
 _MAX_STRING_BYTES = 1 << 20
 
 
+def bits_of(kind: str) -> float:
+    """Bits of a number of a type, with its share of the block's scales."""
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    return 8 * size / block
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """One tensor of a file: where it lies and in which form.

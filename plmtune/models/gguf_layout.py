@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plmtune.models.gguf_squared_relu import Factors
 from plmtune.models.hf_names import Names
 from plmtune.modules.gqa import default_kv_heads
 
@@ -43,21 +44,32 @@ class Layout:
         permuted: llama.cpp rotates neighbours, so the rows of queries and keys with half-split RoPE are reordered.
         unit_offset: the weights of norms are stored as 1 + weight.
         split_latent: kv_b_proj is stored as attn_k_b, transposed, and attn_v_b, head by head.
+        squared_relu: factors of an FFN with squared ReLU, which is stored as SwiGLU: up_proj twice.
     """
 
     names: Names = field(default=STANDARD)
     permuted: bool = False
     unit_offset: bool = False
     split_latent: bool = False
+    squared_relu: Factors | None = None
 
     def groups(self, ours: Iterable[str]) -> dict[str, tuple[str, ...]]:
         """Each tensor of the file -> our tensors that it holds, for our names."""
         found: dict[str, tuple[str, ...]] = {}
         for theirs, held in self.names.groups(ours).items():
-            split = self.split_latent and theirs.endswith(".attn_kv_b.weight")
-            for name in [theirs.replace("_kv_b", part) for part in ("_k_b", "_v_b")] if split else [theirs]:
-                found[name] = held
+            parts = [theirs]
+            if self.split_latent and theirs.endswith(".attn_kv_b.weight"):
+                parts = [theirs.replace("_kv_b", part) for part in ("_k_b", "_v_b")]
+            elif self.squared_relu is not None and theirs.endswith(".ffn_up.weight"):
+                parts.append(theirs.replace("_up", "_gate"))
+            found |= dict.fromkeys(parts, held)
         return found
+
+    def copies(self, groups: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+        """Each of our tensors that the file holds twice -> the file's second one, times another factor."""
+        if self.squared_relu is None:
+            return {}
+        return {ours[0]: theirs for theirs, ours in groups.items() if theirs.endswith(".ffn_gate.weight")}
 
     def write(self, config: Mapping[str, Any], theirs: str, ours: tuple[str, ...], read: Read) -> Tensor:
         """A tensor of the file, from our tensors that it holds.
@@ -76,7 +88,9 @@ class Layout:
         if theirs.endswith(("_k_b.weight", "_v_b.weight")):
             keys, values = _latent_parts(config, parts[0])
             return keys.transpose(1, 2).contiguous() if "_k_b." in theirs else values.contiguous()
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        factor = self.factor(theirs)
+        return whole if factor == 1 else whole.float() * factor
 
     def read(
         self, config: Mapping[str, Any], name: str, groups: Mapping[str, tuple[str, ...]], sizes: Mapping[str, int],
@@ -91,16 +105,25 @@ class Layout:
             read: gives a tensor of the file.
         """
         held = [theirs for theirs, ours in groups.items() if name in ours]
-        if len(held) == 2:
+        if self.split_latent and len(held) == 2 and "_k_b." in held[0]:
             keys, values = read(held[0]).transpose(1, 2), read(held[1])
             return torch.cat((keys, values), dim=1).flatten(0, 1)
-        tensor, ours = read(held[0]), groups[held[0]]
+        tensor, ours = self.without_factor(held[0], read), groups[held[0]]
         if len(ours) > 1:
             tensor = tensor.split([sizes[part] for part in ours])[ours.index(name)].clone()
         if self.unit_offset and name.endswith("norm.weight"):
             tensor = tensor - 1
         heads = self.heads_of_halves(config, name)
         return tensor if heads is None else to_halves(tensor, heads)
+
+    def factor(self, theirs: str) -> float:
+        """What a tensor of the file is ours times."""
+        return 1.0 if self.squared_relu is None else self.squared_relu.of(theirs)
+
+    def without_factor(self, theirs: str, read: Read) -> Tensor:
+        """A tensor of the file, divided by its factor."""
+        factor = self.factor(theirs)
+        return read(theirs) if factor == 1 else read(theirs) / factor
 
     def heads_of_halves(self, config: Mapping[str, Any], name: str) -> int | None:
         """As the function, None in an architecture that does not reorder."""

@@ -16,6 +16,7 @@ from plmtune.errors import UserError
 from plmtune.io.untrusted import load_json
 from plmtune.models.assemble import component_from_config
 from plmtune.models.gguf_architectures import ARCHITECTURES, Architecture
+from plmtune.models.gguf_forms import FORMS, Form
 from plmtune.models.gguf_keys import Metadata
 from plmtune.modules.decoder import Decoder
 
@@ -37,13 +38,16 @@ class Match:
     tensors: Mapping[str, Tensor]
 
 
-def match(config: Mapping[str, Any]) -> Match:
+def match(config: Mapping[str, Any], form: Form | None = None) -> Match:
     """The architecture of a model's `config`.
+
+    Args:
+        form: an architecture that is not the model's own; None: its own.
 
     Raises:
         UserError: if GGUF has none, naming the part or the setting.
     """
-    return _match(json.dumps(config, sort_keys=True))
+    return _match(json.dumps(config, sort_keys=True), form)
 
 
 def build(config: Mapping[str, Any], where: str) -> Decoder:
@@ -58,13 +62,20 @@ def build(config: Mapping[str, Any], where: str) -> Decoder:
 
 
 @lru_cache(maxsize=16)
-def _match(text: str) -> Match:
+def _match(text: str, form: Form | None) -> Match:
     config = load_json(text)
     own, parts = config["component"], tuple(config[part]["component"] for part in ("attention", "ffn", "norm"))
-    fitting = [found for found in ARCHITECTURES if parts[0] in found.parts[0] and parts[1:] == tuple(found.parts[1:])]
+    known = ARCHITECTURES if form is None else (FORMS[form],)
+    fitting = [found for found in known if parts[0] in found.parts[0] and parts[1:] == tuple(found.parts[1:])]
+    if not fitting and form is not None:
+        attention, *others = FORMS[form].parts
+        raise UserError(
+            f"--as {form} is for a PLM: {' or '.join(attention)}, {', '.join(others)}. This model has "
+            f"{', '.join(parts)}: leave --as out."
+        )
     if not fitting:
-        known = "; ".join(f"{' or '.join(f.parts[0])}, {f.parts[1]}, {f.parts[2]} ({f.name})" for f in ARCHITECTURES)
-        raise UserError(f"GGUF has no architecture with {', '.join(parts)}. It has {known}.")
+        has = "; ".join(f"{' or '.join(f.parts[0])}, {f.parts[1]}, {f.parts[2]} ({f.name})" for f in ARCHITECTURES)
+        raise UserError(f"GGUF has no architecture with {', '.join(parts)}. It has {has}.")
     fitting.sort(key=lambda found: own != found.component and own not in found.also)
     model, causes = build(config, "config"), []
     config = model.config  # defaults written out

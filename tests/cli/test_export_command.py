@@ -50,6 +50,16 @@ class TestGguf:
             code, out, err = run(monkeypatch, capsys, "export", "small", "--ollama", *more)
             assert (code, "--ollama: only --to gguf of a whole model has a Modelfile." in err) == (2, True)
 
+    def test_a_plm_as_deepseek2_has_flash_attention(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        words = ("export", "small", "--to", "gguf", "--as", "deepseek2", "--quant", "f32")
+        code, out, err = run(monkeypatch, capsys, *words)
+        assert code == 0, err
+        assert files(folder / "exports") == ["small-deepseek2-F32.gguf"]
+        assert "KL with flash attention" in out and "-fa off" not in out
+        assert "are a second copy of each layer's up projection" in out
+
     def test_a_file_that_fails_is_kept_under_another_name_beside_those_that_pass(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -105,7 +115,10 @@ class TestMistakes:
         ("words", "said"),
         [
             (("--to", "gguf", "--quant", "q4_k"), "--quant q4_k: gguf has no such type. Did you mean q4_k_"),
-            (("--to", "gguf", "--as", "deepseek"), "--as deepseek: only --to hf has other forms"),
+            (("--to", "gguf", "--as", "deepseek"), "--as deepseek is a form of --to hf; --to gguf has --as deepseek2."),
+            (("--to", "hf", "--as", "deepseek2"), "--as deepseek2 is a form of --to gguf; --to hf has --as deepseek."),
+            (("--to", "executorch", "--as", "deepseek2"), "--to executorch has no other forms"),
+            (("--to", "gguf", "--as", "deepseek2", "--adapters", "keep"), "is a form of whole models"),
             (("--to", "hf", "--adapters", "keep"), "small holds no adapters, but a whole model"),
             (("--to", "executorch", "--quant", "int8"), "--quant int8: executorch has no such type"),
         ],

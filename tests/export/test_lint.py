@@ -74,6 +74,14 @@ class TestGguf:
         assert "flash attention: switch it off" in texts(found, "warning")
         assert "rows of" not in texts(found, "warning")  # all are multiples of 256
 
+    def test_plm_as_deepseek2_caches_the_latent(self) -> None:
+        found = lint(plm_config(max_seq_len=32768), "gguf", ("Q4_K_M",), "deepseek2")
+        assert texts(found, "refused") == "" and "expanded" not in texts(found, "warning")
+        assert "cache takes 36.00 KiB a token, 1.12 GiB at 32,768 tokens" in texts(found, "warning")
+        assert "attn_k_b has rows of 128 numbers, no multiple of 256: Q4_K_M stores Q5_0" in texts(found, "warning")
+        (refused,) = lint(llama_config(), "gguf", (), "deepseek2")
+        assert refused.level == "refused" and "--as deepseek2 is for a PLM" in refused.text
+
     def test_rows_of_no_256_name_what_they_become_and_cost(self) -> None:
         q4, head = lint(llama_config(), "gguf", ("Q4_K_M",))
         assert q4.text.startswith("q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj have rows of 576 numbers")
@@ -105,7 +113,7 @@ class TestGguf:
                 llama_config(norm={"component": "layer_norm", "eps": 1e-5}),
                 "with gqa, swiglu, layer_norm",
             ),
-            (plm_config(tie_embeddings=False), "Use --to hf --as deepseek"),
+            (plm_config(tie_embeddings=False), "Use --as deepseek2 or --to hf --as deepseek"),
             (plm_config(attention={"component": "mine"}), "no architecture with mine, squared_relu"),
         ],
     )

@@ -27,13 +27,13 @@ from plmtune.export import gguf_writer, probe_texts, verify_text
 from plmtune.export import verify as verifying
 from plmtune.export.arithmetic import with_rounded_inputs
 from plmtune.export.contents import Contents, read_contents, settings_of
-from plmtune.export.diagnosis import find_cause, log_probs
+from plmtune.export.diagnosis import divergence, find_cause, log_probs
 from plmtune.export.gguf_writer import write_gguf
 from plmtune.export.huggingface import export_hf
 from plmtune.export.lint import WRITTEN
 from plmtune.export.runtimes import InferenceRuntime
 from plmtune.export.stored import BOUNDS, bound_of, suspect_tensors, wrong_type
-from plmtune.export.verify import Check, Report, divergence, verify
+from plmtune.export.verify import Check, Report, verify
 from plmtune.export.verify_text import compare_ids, compare_prompts
 from plmtune.models.gguf_layout import to_halves
 from plmtune.models.hf import load_model, save_model

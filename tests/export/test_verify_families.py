@@ -4,9 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from plmtune.export import verify_cache
 from plmtune.export.gguf_writer import write_gguf
 from plmtune.export.verify import verify
 from plmtune.models.deepseek import deepseek
@@ -15,6 +17,7 @@ from plmtune.models.gguf_file import opened_gguf
 from plmtune.models.gpt2 import gpt2
 from plmtune.models.hf import save_model
 from plmtune.models.llama import llama
+from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import component
 from plmtune.tokenizers.tokenizer_files import byte
@@ -50,18 +53,63 @@ MODELS: dict[str, Callable[[], Decoder]] = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_file_passes(name: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = MODELS[name]().eval()
+def save(model: Decoder, directory: Path) -> Decoder:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    save_model(model, None, tmp_path / "model")
-    byte().save(tmp_path / "model")
+    save_model(model, None, directory)
+    byte().save(directory)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_file_passes(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = save(MODELS[name](), tmp_path / "model")
     write_gguf(model, byte(), tmp_path / "a.gguf", kind="F32")
     with opened_gguf(tmp_path / "a.gguf") as file:
         assert file.metadata["general.architecture"] == name
     report = verify(tmp_path / "a.gguf", tmp_path / "model", positions=16, threads=1)
     assert [found for found in report.checks if not found.passed] == []
+
+
+class TestPlmAsDeepseek2:
+    @pytest.fixture
+    def model(self, tmp_path: Path) -> Decoder:
+        torch.manual_seed(0)
+        mla = component("attention", "mla", **MLA | {"q_lora_rank": None, "qk_nope_head_dim": 32})
+        made = plm(288, attention=mla, ffn=component("ffn", "squared_relu", hidden_dim=96), **SIZES)
+        return save(made, tmp_path / "model")
+
+    @pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])
+    def test_passes_with_and_without_flash_attention(self, kind: str, model: Decoder, tmp_path: Path) -> None:
+        write_gguf(model, byte(), tmp_path / "a.gguf", kind=kind, as_="deepseek2")
+        report = verify(tmp_path / "a.gguf", tmp_path / "model", positions=16, threads=1)
+        assert [found for found in report.checks if not found.passed] == []
+        checks = {found.name: found for found in report.checks}
+        assert checks["KL with flash attention"].value < 5e-5 or kind == "Q8_0"
+        # 2 layers of a latent of 32 and a key of 8, in fp32.
+        assert (checks["cache: bytes a token that differ"].remark or "").startswith("of 320 in fp32")
+        if kind == "F32":
+            assert checks["log-probabilities: largest difference"].value < 1e-4
+
+    def test_a_wrong_gate_fails_by_its_name(self, model: Decoder, tmp_path: Path) -> None:
+        write_gguf(model, byte(), tmp_path / "a.gguf", kind="F32", as_="deepseek2")
+        with opened_gguf(tmp_path / "a.gguf") as file:
+            gate = file.tensors["blk.0.ffn_gate.weight"]
+        data = np.memmap(tmp_path / "a.gguf", np.uint8, "r+")
+        data[gate.start : gate.start + gate.num_bytes].view(np.float32)[:] *= 1.5
+        data.flush()
+        report = verify(tmp_path / "a.gguf", tmp_path / "model", positions=16, threads=1)
+        cause = "layers.0.ffn.up_proj.weight, as blk.0.ffn_gate.weight: it is 1.5 times the checkpoint's"
+        assert not report.passed and report.cause.startswith(cause)
+
+    def test_another_cache_than_computed_fails(
+        self, model: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write_gguf(model, byte(), tmp_path / "a.gguf", kind="F32", as_="deepseek2")
+        monkeypatch.setattr(verify_cache, "cached_numbers", lambda config, architecture: 2 * 2 * 4 * 40)
+        report = verify(tmp_path / "a.gguf", tmp_path / "model", positions=16, threads=1)
+        (failed,) = report.failed
+        assert failed.cause == "llama.cpp caches 336 bytes a token in fp32, and 2,560 were computed"

@@ -4,6 +4,7 @@ some damaged files."""
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 
 from plmtune.errors import UserError
@@ -60,6 +61,10 @@ class GgufRuntime(InferenceRuntime):
         self._template = template if isinstance(template, str) else None
         self.context = min(context or DEFAULT_CONTEXT, positions)
         self._open(threads, exact, False if exact else flash_attention)
+
+    @abstractmethod
+    def state_bytes(self, ids: Sequence[int]) -> int:
+        """Bytes in which llama.cpp saves its cache once it has read ids."""
 
     @abstractmethod
     def _open(self, threads: int | None, exact: bool, flash_attention: bool | None) -> None:

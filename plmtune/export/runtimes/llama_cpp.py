@@ -68,6 +68,10 @@ class LlamaCppRuntime(GgufRuntime):
         logits = np.ctypeslib.as_array(lib.llama_get_logits(self._context), shape=(last, self.vocab_size))
         return torch.from_numpy(logits.copy())
 
+    def state_bytes(self, ids: Sequence[int]) -> int:
+        self._read_anew(ids, 1, None)
+        return int(self._lib.llama_state_seq_get_size(self._context, 0))
+
     def encode(self, text: str) -> list[int] | None:
         data = text.encode()
         ids = (self._lib.llama_token * (len(data) + 8))()

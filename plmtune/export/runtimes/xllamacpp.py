@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -48,6 +49,8 @@ class XLlamaCppRuntime(GgufRuntime):
         params.n_parallel, params.warmup, params.fit_params, params.verbosity = 1, False, False, -1
         params.ui, params.endpoint_slots, params.cache_ram_mib = False, False, 0
         params.n_threads_http, params.api_keys = 1, [self._key]
+        self._saved = tempfile.TemporaryDirectory(prefix="plmtune-")
+        params.slot_save_path = f"{self._saved.name}/"
         if threads is not None:
             params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         if exact:
@@ -55,6 +58,7 @@ class XLlamaCppRuntime(GgufRuntime):
         try:
             self._server: Any = lib.Server(params)
         except RuntimeError as error:
+            self._saved.cleanup()
             raise UserError(f"llama.cpp cannot load {path}: {error}") from error
         self._ids: list[int] = []
         # The server keeps a row back where the token that it writes ends a text or a character is not whole yet. So it
@@ -98,6 +102,12 @@ class XLlamaCppRuntime(GgufRuntime):
         top: list[dict[str, Any]] = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         return top
 
+    def state_bytes(self, ids: Sequence[int]) -> int:
+        self._ids = list(ids)
+        self._complete(self._ids, 1)
+        saved: int = self._post("/slots/0?action=save", {"filename": "state"})["n_written"]
+        return saved
+
     def encode(self, text: str) -> list[int] | None:
         asked = {"content": text, "add_special": True, "parse_special": True}
         ids: list[int] = self._post("/tokenize", asked)["tokens"]
@@ -124,3 +134,4 @@ class XLlamaCppRuntime(GgufRuntime):
 
     def close(self) -> None:
         del self._server
+        self._saved.cleanup()
