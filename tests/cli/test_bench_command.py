@@ -12,6 +12,9 @@ from in_process import run, save_small
 from plmtune.devices import measure as module
 from plmtune.devices.measure import Measurement
 from plmtune.errors import UserError
+from plmtune.export.gguf_writer import write_gguf
+from plmtune.models.hf import load_model
+from plmtune.tokenizers.tokenizer_files import byte
 
 
 @pytest.fixture
@@ -79,6 +82,19 @@ class TestBench:
         code, _, err = run(monkeypatch, capsys, "bench", path, "--flash-attention", asked)
         assert code == 0, err
         assert seen == settings
+
+    def test_a_plms_file_is_compared_with_its_other_form(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = tmp_path / "m.gguf"
+        write_gguf(load_model(save_small(tmp_path / "m")), byte(), path, kind="F32")
+        measured = Measurement(str(path), "llama.cpp", "F32", 48, 1, None, None, 9.0, 100, 100, 100, 0.5)
+        monkeypatch.setattr(module, "measure", lambda *_, **__: [measured])
+        code, out, err = run(monkeypatch, capsys, "bench", path)
+        assert code == 0, err
+        # 2 heads of 12 + 8 numbers, or 16 + 4, of 2 bytes; the copy has 32 x 16 numbers of 4 bytes.
+        said = "--as deepseek2 would take a cache of 1.88 KiB instead of 3.75 KiB at 48 tokens"
+        assert said in " ".join(out.split()) and "less memory from 52 tokens on" in " ".join(out.split())
 
     def test_what_fails_is_said_after_the_others_are_measured(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -37,6 +37,8 @@ class TestPlan:
         code, out, _ = run(monkeypatch, capsys, "plan", tmp_path / "model", "--scheme", "int8,q8_0")
         assert code == 0
         assert "1 layer of width 16, a vocabulary of" in out and "int8" in out and "q8_0" in out
+        # Its latent of 20 numbers is half as wide as 2 heads of 12 + 8.
+        assert "--as deepseek2, in q8_0: a cache of 2.50 KiB instead of 5.00 KiB at 64 tokens" in " ".join(out.split())
         assert "Training" not in out
 
     def test_without_a_budget_the_model_is_planned_and_its_training_is_not(
