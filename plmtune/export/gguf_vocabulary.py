@@ -7,7 +7,7 @@ from typing import Any
 from gguf import Keys, TokenType
 
 from plmtune.errors import UserError
-from plmtune.export.huggingface import answer_end
+from plmtune.export.huggingface import answer_end, end_ids
 from plmtune.models.gguf_pre import name_by_hash, name_by_splits
 from plmtune.models.gguf_sentencepiece import PHI3_NAMES, is_sentencepiece, spaces_of, stripping, written_tokens
 from plmtune.models.gguf_tokenizer import NO_MERGE, PRE_TOKENIZERS
@@ -18,6 +18,11 @@ from plmtune.tokenizers.tokenizer_json import NEVER_IN_UTF8, to_chars
 
 _GGML = Keys.Tokenizer
 _Token = tuple[str, TokenType]
+# Texts of tokens that end an answer in llama.cpp in any file (special_eog_ids in its llama-vocab.cpp).
+_KNOWN_ENDS = {
+    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "<eos>"),
+    *("<|end_of_text|>", "<｜end▁of▁sentence｜>"),
+}
 
 
 def vocabulary_keys(tokenizer: Tokenizer, rows: int) -> tuple[dict[str, Any], list[str]]:
@@ -52,6 +57,15 @@ def vocabulary_keys(tokenizer: Tokenizer, rows: int) -> tuple[dict[str, Any], li
         _GGML.BOS_ID: tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id,
         _GGML.ADD_BOS: tokenizer.adds_bos,
     }
+    others = [i for i in end_ids(tokenizer) if i not in (keys[_GGML.EOS_ID], keys[_GGML.EOT_ID])]
+    if others:
+        keys[_GGML.EOM_ID] = others.pop(0)
+    # llama.cpp knows more by their text.
+    if unknown := [keys[_GGML.LIST][i] for i in others if keys[_GGML.LIST][i] not in _KNOWN_ENDS]:
+        notes = [
+            *notes,
+            f"A GGUF file names three tokens that end an answer: llama.cpp goes past {', '.join(unknown)}.",
+        ]
     if tokenizer.chat_template is not None:
         keys[_GGML.CHAT_TEMPLATE] = tokenizer.chat_template
     return keys, notes

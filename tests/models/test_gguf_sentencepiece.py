@@ -64,6 +64,17 @@ class TestFiles:
         normal = [i for i in range(len(model)) if kinds[i] == 1]
         assert sorted(normal, key=lambda i: -scores[i]) == sorted(normal, key=lambda i: -model.get_score(i))
 
+    def test_name_up_to_three_tokens_that_end_an_answer(self, tmp_path: Path) -> None:
+        tokenizer = phi3()
+        more = [tokenizer.specials[text] for text in ("<|endoftext|>", "<|user|>", "<|end|>")]
+        tokenizer = Tokenizer(tokenizer.vocabulary, eos="</s>", vocab_size=ROWS, ends=more[:1])
+        written(tokenizer, tmp_path / "a.gguf")
+        assert read_back(tmp_path / "a.gguf").end_ids == tokenizer.end_ids
+        tokenizer = Tokenizer(tokenizer.vocabulary, eos="</s>", vocab_size=ROWS, ends=[more[2], more[1], more[0]])
+        assert "A GGUF file names three tokens that end an answer: llama.cpp goes past <|user|>." in written(
+            tokenizer, tmp_path / "b.gguf"
+        )
+
     def test_without_keys_have_llama_cpps_defaults(self, tmp_path: Path) -> None:
         written(made(LLAMA2), tmp_path / "a.gguf")
         with opened_gguf(tmp_path / "a.gguf") as file:
