@@ -39,7 +39,10 @@ from plmtune.training.runtime import Runtime
 from plmtune.units import show_bytes
 
 CONFIG = "quantize"  # conf/quantize.yaml
-MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", MODEL_CONFIG, "tokenizer.json", "tokenizer_config.json")
+MODEL_FILES = (
+    *("*.safetensors", "*.safetensors.index.json", MODEL_CONFIG),
+    *("tokenizer.json", "tokenizer_config.json", "kept_ids.json"),
+)
 
 _BATCH = 4  # rows of text in a forward
 

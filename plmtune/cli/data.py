@@ -12,8 +12,8 @@ import click
 from click.core import ParameterSource
 
 from plmtune.cli import short
+from plmtune.cli.find_tokenizer import find_tokenizer
 from plmtune.cli.options import PATH, import_option, option, text_options
-from plmtune.cli.tokenizer import find_tokenizer
 from plmtune.errors import UserError, refuse_pipe
 from plmtune.io import terminal
 

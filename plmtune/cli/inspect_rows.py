@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.text import Text
 
-from plmtune.cli.tokenizer import find_tokenizer
+from plmtune.cli.find_tokenizer import find_tokenizer
 from plmtune.data.conversations import Conversation, Shape, conversation_of, detect, messages_of
 from plmtune.data.preferences import SIDES, is_pair, pair_of
 from plmtune.data.rows import Refused, Rows

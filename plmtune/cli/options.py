@@ -190,14 +190,14 @@ def find_model(given: str | None, command: str) -> str:
 
 def model_first(words: Sequence[str], command: str) -> tuple[str, tuple[str, ...]]:
     """Divide words into a model, which may be left out, and the files that follow it."""
-    if not words or _names_files(words[0]):
-        if any(Path(word).is_dir() and not _names_files(word) for word in words[1:]):
+    if not words or names_files(words[0]):
+        if any(Path(word).is_dir() and not names_files(word) for word in words[1:]):
             raise UserError(f"{words[0]} is no checkpoint, and CHECKPOINT comes first: plmtune {command}")
         return newest_run(command), tuple(words)
     return find_model(words[0], command), tuple(words[1:])
 
 
-def _names_files(text: str) -> bool:
+def names_files(text: str) -> bool:
     """Whether a word names a file, a folder of files or a pattern of their names, and no model."""
     path = Path(text)
     if path.is_dir():

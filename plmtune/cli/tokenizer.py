@@ -1,22 +1,22 @@
-"""`plmtune tokenizer`: train a BPE, and look at what a tokenizer does to a text."""
+"""`plmtune tokenizer`: train a BPE, compress a tokenizer, and look at what one does to a text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from plmtune.cli.options import PATH, option, text_key_option
+from plmtune.cli.find_tokenizer import find_tokenizer
+from plmtune.cli.options import PATH, option, overwrite_option, text_key_option, text_options
 from plmtune.errors import UserError
-from plmtune.io import hub, terminal
+from plmtune.io import terminal
 from plmtune.io.terminal import Progress
 
 if TYPE_CHECKING:
     from plmtune.data.sources import Piece
-    from plmtune.tokenizers.tokenizer import Tokenizer
 
 _BLOCK_CHARS = 16_384
 _LINE_CHARS = 1 << 22  # a longer line is cut
@@ -26,10 +26,11 @@ _HOLDOUT_CHARS = 4_000_000
 
 @click.group()
 def tokenizer() -> None:
-    """Train and inspect tokenizers.
+    """Train, compress and inspect tokenizers.
 
     \b
     plmtune tokenizer train corpus/*.txt --vocab-size 8192 --out tokenizers/mine
+    plmtune tokenizer compress runs/demo/latest corpus/*.txt --coverage 0.95 --out models/compact
     plmtune tokenizer inspect bundled "def main():"
     """
 
@@ -92,6 +93,43 @@ def train(files: tuple[Path, ...], vocab_size: int, out: Path, stdlib: bool, tex
         terminal.echo(f"no text was held out: fewer than {_HOLDOUT_EVERY} blocks of {_BLOCK_CHARS:,} characters")
 
 
+@tokenizer.command(short_help="Keep a tokenizer's most frequent tokens, and their rows of a model.")
+@click.argument("source", metavar="CHECKPOINT|TOKENIZER")
+@click.argument("names", nargs=-1, metavar="FILE|FOLDER|GLOB...")
+@option("--out DIR", "Write the tokenizer, and the checkpoint if one is given, to this directory.", required=True)
+@option("--vocab-size N", "Keep N tokens.")
+@option("--coverage SHARE", "Keep as many tokens as cover this share of the counted ones.", type=float)
+@option(
+    "--max-embedding-share SHARE", "Keep as many as give embedding and head this share of all parameters.", type=float
+)
+@text_options
+@overwrite_option
+def compress(
+    source: str,
+    names: tuple[str, ...],
+    out: Path,
+    vocab_size: int | None,
+    coverage: float | None,
+    max_embedding_share: float | None,
+    overwrite: bool,
+    **reading: Any,
+) -> None:
+    """Count the tokens of text, and keep the most frequent ones of a tokenizer, or of a checkpoint and its tokenizer.
+
+    The data are text files, rows with text, conversations, or shards of plmtune data prepare. All bytes, special and
+    added tokens stay, and with each token the parts that it is joined from, so every text can still be encoded. The
+    rows of the kept tokens are gathered from the checkpoint.
+
+    \b
+    plmtune tokenizer compress runs/demo/latest corpus/*.txt --coverage 0.95 --out models/compact
+    plmtune tokenizer compress qwen.tiktoken corpus/*.txt --vocab-size 32768 --out tokenizers/compact
+    """
+    from plmtune.cli.compress_tokenizer import Rule, compress_tokenizer
+
+    rule = Rule.of(vocab_size, coverage, max_embedding_share)
+    compress_tokenizer(source, names, out, rule, overwrite=overwrite, **reading)
+
+
 @tokenizer.command(short_help="Show the ids and pieces of a text.")
 @click.argument("name")
 @click.argument("text")
@@ -113,24 +151,6 @@ def inspect(name: str, text: str, specials: bool) -> None:
         except UnicodeDecodeError:
             shown = repr(piece)  # part of a character
         terminal.echo(f"{identity:>8}  {shown}")
-
-
-def find_tokenizer(text: str) -> Tokenizer:
-    """Return the tokenizer of a registered name, a directory, a file, or a run's newest checkpoint."""
-    from plmtune.config.names import name_hint
-    from plmtune.registry import describe_components, load
-
-    named = set(describe_components()["tokenizer"]) - {"file"}  # that one is reached by its path
-    if text in named:
-        return load("tokenizer", text)()
-    path = Path(text)
-    if path.is_dir() and not (path / "tokenizer.json").exists() and (path / "checkpoints").is_dir():
-        from plmtune.models.checkpoint_files import checkpoint_directory
-
-        text = str(checkpoint_directory(path))
-    if path.exists() or hub.parse(text):
-        return load("tokenizer", "file")(path=text)
-    raise UserError(f"{text} is neither a tokenizer's name nor a file or directory with one.{name_hint(text, named)}")
 
 
 def _blocks(pieces: Iterable[Piece]) -> Iterator[str]:

@@ -156,7 +156,7 @@ def _write(
     writers, done = _resume(directory, dtype_for(tokenizer.vocab_size), shard_tokens)
     shards, characters, begun = 0, 0, time.monotonic()
     try:
-        for number, group in enumerate(_groups(parts, tokenizer), 1):
+        for number, group in enumerate(groups(parts, tokenizer), 1):
             if number > done:
                 _encode(group, tokenizer, writers)
                 done = number
@@ -302,7 +302,7 @@ class _Piece(NamedTuple):
     stops: bool = False  # the rest of the document is in the other split
 
 
-def _groups(parts: Iterable[Part], tokenizer: Tokenizer) -> Iterator[list[_Piece]]:
+def groups(parts: Iterable[Part], tokenizer: Tokenizer) -> Iterator[list[_Piece]]:
     """Collect pieces until there is enough work for all cores."""
     group: list[_Piece] = []
     size = 0

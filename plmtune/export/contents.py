@@ -131,7 +131,7 @@ def settings_of(model: Decoder) -> dict[str, float]:
 
 def tokenizer_tables(tokenizer: Tokenizer) -> dict[str, list[str]]:
     """A tokenizer's tokens by id (empty where it has none) and merges, as a GGUF file has them."""
-    held = json.loads(tokenizer._json)["model"]
+    held = json.loads(tokenizer.as_json)["model"]
     tokens = [""] * tokenizer.vocab_size
     if isinstance(held["vocab"], list):  # Unigram: tokens with their scores
         held["vocab"] = {token: identity for identity, (token, _) in enumerate(held["vocab"])}

@@ -135,7 +135,13 @@ def export_adapter(source: Path, directory: Path, *, base: Path | None = None) -
         raise UserError(f"{source} holds its adapters in {len(names)} files; one is expected.")
     check_room(directory, sum((source / name).stat().st_size for name in names))
     directory.mkdir(parents=True, exist_ok=True)
-    files = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
+    files = [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "kept_ids.json",
+    ]
     named = config["base_model_name_or_path"]
     notes = [f"They stand beside {named}, which is not in the export."]
     base = base or Path(named)

@@ -20,7 +20,7 @@ import xxhash
 from plmtune.errors import UserError, did_you_mean
 from plmtune.io.atomic import write_atomically
 from plmtune.io.provenance import num_cores
-from plmtune.tokenizers import tokenizer_json_writer
+from plmtune.tokenizers import kept_ids, tokenizer_json_writer
 from plmtune.tokenizers.bpe import (
     COMPLETE_PATTERNS,
     LLAMA3_PATTERN,
@@ -30,6 +30,7 @@ from plmtune.tokenizers.bpe import (
     normalize,
 )
 from plmtune.tokenizers.cuts import Cuts
+from plmtune.tokenizers.kept_ids import KeptIds
 from plmtune.tokenizers.library import Library
 
 Ids = npt.NDArray[np.uint32]
@@ -61,6 +62,8 @@ class Tokenizer:
         end_ids: ids at which the model's answers end, from generation_config.json; eos_id is the first.
         specials: control tokens, id by text.
         token_bytes: number of bytes that each id decodes to, int32 [vocab_size]; 0 for specials and padding.
+        kept: of a compressed tokenizer, its tokens' ids in the one it was compressed from; then in that one's, if
+            it was compressed, too.
         fingerprint: xxh3-128 of everything that decides the ids.
     """
 
@@ -75,6 +78,7 @@ class Tokenizer:
         adds_bos: bool = False,
         ends: Sequence[int] = (),
         firsts: Sequence[str] = (),
+        kept: Sequence[KeptIds] = (),
     ) -> None:
         """Build the tables.
 
@@ -83,9 +87,11 @@ class Tokenizer:
             chat_template: Jinja template of a conversation.
             ends: ids at which an answer ends, besides eos.
             firsts: the special tokens before a text, if there are several; the first is bos.
+            kept: see the attribute; saved with the tokenizer.
 
         Raises:
-            ValueError: if eos or bos is no special token, a token occurs twice, or vocab_size is too small.
+            ValueError: if eos or bos is no special token, a token occurs twice, vocab_size is too small, or kept ids
+                are not as many as tokens.
         """
         if eos not in vocabulary.specials:
             raise ValueError(f"eos {eos!r} is no special token.{did_you_mean(eos, vocabulary.specials)}")
@@ -110,6 +116,10 @@ class Tokenizer:
                 f"{pieces[at].decode(errors='replace')!r:.60}, has no row in the model. Take the model's tokenizer, "
                 "or remove what names the token"
             )
+        self.kept = tuple(kept)
+        for one in self.kept:
+            if len(one.ids) != self.num_tokens:
+                raise ValueError(f"{len(one.ids)} kept ids do not fit the tokenizer's {self.num_tokens} tokens")
         self._pieces = [pieces.get(identity, b"") for identity in range(self.vocab_size)]
         self.token_bytes: npt.NDArray[np.int32] = np.array([len(piece) for piece in self._pieces], dtype=np.int32)
         self.token_bytes[list(self.specials.values())] = 0
@@ -169,8 +179,8 @@ class Tokenizer:
             return list(ids)
         return [*self.first_ids, *ids]
 
-    def encode_batch(self, texts: Sequence[str], *, specials: bool = False) -> list[Ids]:
-        """Return the ids of each text, as `encode`, on all cores."""
+    def encode_batch(self, texts: Sequence[str], *, specials: bool = False, threads: int | None = None) -> list[Ids]:
+        """Return the ids of each text, as `encode`, on all cores or by so many threads."""
         # Tasks of about equal length: several small texts, or a part of a large one.
         tasks: list[list[tuple[int, str]]] = [[]]
         room = _TASK_CHARS
@@ -185,11 +195,11 @@ class Tokenizer:
         def encode(task: list[tuple[int, str]]) -> list[Ids]:
             return self._encode_all([text for _, text in task], specials)
 
-        if len(tasks) == 1:
-            done = [encode(tasks[0])]
+        if len(tasks) == 1 or threads == 1:
+            done = [encode(task) for task in tasks]
         else:
             # A new pool for each call, because threads do not survive a fork. Both engines release the GIL.
-            with ThreadPoolExecutor(min(len(tasks), num_cores())) as pool:
+            with ThreadPoolExecutor(min(len(tasks), threads or num_cores())) as pool:
                 done = list(pool.map(encode, tasks))
         parts: list[list[Ids]] = [[] for _ in texts]
         for task, results in zip(tasks, done, strict=True):
@@ -252,7 +262,10 @@ class Tokenizer:
         return b"".join([self._pieces[identity] for identity in ids])
 
     def save(self, directory: Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, for `tokenizers` and transformers."""
+        """Write tokenizer.json, tokenizer_config.json and, of a compressed one, kept_ids.json.
+
+        The first two are for `tokenizers` and transformers.
+        """
         directory.mkdir(parents=True, exist_ok=True)
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -266,13 +279,14 @@ class Tokenizer:
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
         files = {
-            "tokenizer.json": self._json,
+            "tokenizer.json": self.as_json,
             "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2) + "\n",
         }
         if len(self.end_ids) > 1:
             files["generation_config.json"] = json.dumps({"eos_token_id": self.end_ids}, indent=2) + "\n"
         for name, text in files.items():
             write_atomically(directory / name, text)
+        kept_ids.save(directory, self.fingerprint if self.kept else "", self.kept)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -300,7 +314,8 @@ class Tokenizer:
         }
 
     @cached_property
-    def _json(self) -> str:
+    def as_json(self) -> str:
+        """The tokenizer.json."""
         # Cached: a run saves the same tokenizer with every checkpoint.
         if self._library is not None:
             return tokenizer_json_writer.render_library(self._library, self._firsts)

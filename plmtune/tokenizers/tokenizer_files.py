@@ -8,7 +8,7 @@ from typing import Any, Literal
 from plmtune.errors import UserError, did_you_mean
 from plmtune.io import hub, manifest, terminal
 from plmtune.registry import register
-from plmtune.tokenizers import added_tokens, sentencepiece_files, tokenizer_json
+from plmtune.tokenizers import added_tokens, kept_ids, sentencepiece_files, tokenizer_json
 from plmtune.tokenizers.bpe import (
     BYTE_PATTERN,
     CHATML_SPECIALS,
@@ -30,7 +30,7 @@ from plmtune.units import show_number_of
 
 _FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"),
-    *("special_tokens_map.json", "added_tokens.json"),
+    *("special_tokens_map.json", "added_tokens.json", kept_ids.FILE),
 )
 _NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
@@ -88,8 +88,10 @@ def _read_json(path: Path) -> Tokenizer:
             raise UserError(f"{path}, key post_processor: {text!r} before a text is no special token of this id.")
     if bos not in vocabulary.specials and not adds_bos:
         bos = None
+    beside_it = path.with_name(kept_ids.FILE)
+    compressed, kept = kept_ids.read(beside_it) if beside_it.is_file() else ("", ())
     try:
-        return Tokenizer(
+        found = Tokenizer(
             vocabulary,
             eos=eos,
             vocab_size=rows,
@@ -98,9 +100,16 @@ def _read_json(path: Path) -> Tokenizer:
             adds_bos=adds_bos,
             ends=_ends(path.parent, vocabulary, beside),
             firsts=[text for text, _ in firsts],
+            kept=kept,
         )
     except ValueError as error:
         raise UserError(f"{path}: {error}.") from error
+    if kept and found.fingerprint != compressed:
+        raise UserError(
+            f"{beside_it} belongs to the tokenizer {compressed}, and {path.name} beside it is {found.fingerprint}. "
+            f"Remove {kept_ids.FILE} if that one was replaced on purpose."
+        )
+    return found
 
 
 def _rows(path: Path, config: dict[str, Any]) -> int | None:
