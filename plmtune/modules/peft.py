@@ -74,11 +74,14 @@ def qlora(
     for name, layer in adapted(model).items():
         # torchtune quantizes random weights as it builds; here the base's own weight is quantized.
         layer._quantize_base = True
-        if layer.weight.is_meta:
-            continue
         count = layer.weight.numel()
         if count % _BLOCK:
-            raise ValueError(f"NF4 needs multiples of {_BLOCK} numbers, but {name} has {count}")
+            raise ValueError(
+                f"NF4 needs multiples of {_BLOCK} numbers, but {name} has {count}: leave it out of peft.targets, "
+                "or use peft=lora"
+            )
+        if layer.weight.is_meta:
+            continue
         weight = found.to_nf4(layer.weight.detach(), _BLOCK, math.gcd(count // _BLOCK, _SCALES))
         layer.weight = nn.Parameter(weight, requires_grad=False)
 

@@ -86,7 +86,8 @@ def setup_run(
     find_run(cfg)
     find_sources(cfg.data)  # before a model is looked for, or fetched
     pin_revisions(cfg, weights=fetch)
-    if cfg.recipe in DEFAULT_INIT_RECIPES and not cfg.resume:
+    inherits = cfg.init_from and (cfg.model is None or cfg.tokenizer is None)
+    if (cfg.recipe in DEFAULT_INIT_RECIPES or inherits) and not cfg.resume:
         chosen = choose_init_checkpoint(cfg, allow_missing=allow_missing)
         if runtime.is_main:
             terminal.echo(chosen, err=True)

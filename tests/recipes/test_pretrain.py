@@ -101,11 +101,22 @@ class TestLearning:
     def test_starting_from_another_model_or_tokenizer_is_refused(self, place: Path) -> None:
         start("run_dir=first", "phases=[{name: main, steps: 2}]")
         said = refusal("init_from=first", "model.attention.rope_theta=10")
-        assert "attention" in said and "first" in said
+        assert "attention" in said and "first" in said and "model=null tokenizer=null" in said
         from plmtune.tokenizers.train_bpe import train_bpe
 
         train_bpe(["some text"], 260).save(place / "bpe")
         assert "init_from=first" in refusal("init_from=first", "tokenizer=file", "tokenizer.path=bpe")
+
+    def test_model_and_tokenizer_are_those_of_where_it_starts_if_left_empty(self, place: Path) -> None:
+        from plmtune.tokenizers.train_bpe import train_bpe
+
+        train_bpe(["some text"], 260).save(place / "bpe")
+        start("run_dir=first", "phases=[{name: main, steps: 1}]", "model.num_layers=1", "tokenizer=file",
+              "tokenizer.path=bpe")  # fmt: skip
+        start("run_dir=next", "init_from=first", "phases=[{name: main, steps: 1}]", "model=null", "tokenizer=null")
+        of = [json.loads((checkpoint / "config.json").read_text()) for checkpoint in place.glob("*/checkpoints/step-*")]
+        assert len(of) == 2 and of[0] == of[1] and of[0]["num_hidden_layers"] == 1
+        assert refusal("model=null", "run_dir=other") == "key model: no component chosen. See: plmtune ls model"
 
     @pytest.mark.parametrize("optimizer", ["muon", pytest.param("adamw_8bit", marks=pytest.mark.slow)])
     def test_other_optimizers_resume_exactly(self, place: Path, optimizer: str) -> None:
