@@ -77,6 +77,13 @@ class Commands(click.Group):
                 raise UserError(f"plmtune {args[0]}: the argument after {before} is empty. Give a name or a path.")
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # click would end with code 1
+            _let_go_of_stdout()  # the reader (head, less) left; the rest of the output has no one to go to
+            return READER_LEFT
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([*COMMANDS.items()])
@@ -111,12 +118,14 @@ SYSTEM_ERRORS = {
     errno.EPERM: "Change its permissions, or name another place",
     errno.EIO: "The device fails, or is gone: look at the system's log",
 }
+READER_LEFT = 141  # as a shell has it of a process that SIGPIPE ended
 # Under torchrun: how long to wait for rank 0 to report the same error before reporting it once more.
 WAIT_FOR_RANK_0 = 3.0
 
 
 def main() -> None:
     """Entry point: mistakes are one sentence on stderr and exit code 2, never a traceback."""
+    terminal.open_closed_streams()
     terminal.use_plain_characters()
     logging.lastResort = terminal.Warnings(logging.WARNING)
     # At exit Python looks for cycles among all that torch and its packages made: half a CPU second for nothing.
@@ -142,8 +151,8 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         words, code = "plmtune: interrupted", 130
     except BrokenPipeError:
-        _let_go_of_stdout()  # the reader (head, less) left; the rest of the output has no one to go to
-        code = 141
+        _let_go_of_stdout()
+        code = READER_LEFT
     except Exception as error:
         if not isinstance(error, OSError) or error.errno not in SYSTEM_ERRORS:
             if not alone:

@@ -54,6 +54,17 @@ def _plain(character: str) -> str:
 codecs.register_error("plmtune", _replace)
 
 
+def open_closed_streams() -> None:
+    """Lead a standard stream that the caller closed (``>&-``) to nowhere; a file opened later would take its place."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
 def use_plain_characters() -> None:
     """Make the standard streams replace characters that their encoding lacks, instead of raising."""
     for stream in (sys.stdout, sys.stderr):

@@ -7,6 +7,7 @@ broken; no row loses what names it.
 import io
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -262,3 +263,10 @@ def test_a_multirun_ends_with_its_table_on_a_narrow_terminal(place: Path, monkey
     (first, second) = [word for word in words if re.fullmatch(r"runs/multirun/[\d-]+/[01]", word)]
     assert first < second and {"optimizer.lr=0.001", "optimizer.lr=0.002", "2/2", "finished"} <= {*words}
     assert "step 2/2" in plain(err)
+
+
+@pytest.mark.parametrize(("redirected", "code"), [(">&-", 0), (">&- 2>&- <&-", 0), ("| head -0", 141)])
+def test_a_closed_stdout_is_no_mistake_of_the_program(redirected: str, code: int) -> None:
+    line = f"{sys.executable} -m plmtune ls model {redirected}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
