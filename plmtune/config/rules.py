@@ -193,7 +193,7 @@ def _bad_reference(value: str, place: str, key: str) -> UserError:
 def check_scalar(value: Any, place: str, key: str) -> None:
     """Refuse values that no key takes: numbers beyond 64 bits, text that no file can hold, dates, sets."""
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise UserError(f"{place}key {key}: a whole number of {value.bit_length()} bits; at most 64 are possible.")
+        raise UserError(f"{place}key {key}: a whole number of {value.bit_length()} bits; at most 63 are possible.")
     if isinstance(value, str):
         if value == "???":
             raise UserError(f"{place}key {key}: has no value (???). Give one.")

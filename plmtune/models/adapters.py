@@ -250,7 +250,11 @@ def load_adapter(model: Decoder, directory: Path) -> None:
 def _restore(state: Mapping[str, tuple[Tensor, ...]], locations: Mapping[str, Path], directory: Path) -> None:
     missing = next((name for name in state if name not in locations), None)
     if missing is not None:
-        raise UserError(f"{directory} misses the tensor {missing}. Is the copy complete?")
+        files = set(locations.values())
+        where = files.pop() if len(files) == 1 else directory
+        raise UserError(
+            f"{where} misses the tensor {missing} that {ADAPTER_CONFIG} describes. Take both from one model."
+        )
     extra = next((name for name in locations if name not in state), None)
     if extra is not None:
         raise UserError(f"{locations[extra]} holds the tensor {extra!r:.200}, not listed in {ADAPTER_CONFIG}.")

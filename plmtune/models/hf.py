@@ -250,13 +250,16 @@ def _check(model: Decoder, directory: Path, locations: Mapping[str, _Place], nam
     foreign = [
         name for name in locations if name not in shapes and not name.endswith((*names.buffers, "lm_head.weight"))
     ]
-    if missing and foreign:
-        raise UserError(
-            f"{directory} misses the tensor {missing[0]}{_more(missing)} that {CONFIG} describes, and holds "
-            f"{foreign[0]}{_more(foreign)} instead. The two are of different models: take both from one."
-        )
     if missing:
-        raise UserError(f"{directory} misses the tensor {missing[0]}{_more(missing)}. Is the copy complete?")
+        files = {place.file for place in locations.values()}
+        where = files.pop() if len(files) == 1 else directory / INDEX
+        said = f"{where} misses the tensor {missing[0]}{_more(missing)} that {CONFIG} describes"
+        if foreign:
+            held = f"{locations[foreign[0]].name}{_more(foreign)}"
+            raise UserError(f"{said}, and holds {held} instead. The two are of different models: take both from one.")
+        if missing == ["lm_head.weight"]:
+            raise UserError(f"{said}. If the head is the embedding, set tie_word_embeddings to true there.")
+        raise UserError(f"{said}. Take both from one model.")
     # Older files carry RoPE's table; some write a tied head twice.
     if model.tied and "lm_head.weight" in locations:
         _check_tied(directory, locations, names)

@@ -119,7 +119,8 @@ def _rows(path: Path, config: dict[str, Any]) -> int | None:
         # In checkpoints of other programs the model's config.json counts the padding rows.
         rows, source = _read_config(path.with_name("config.json")).get("vocab_size"), "config.json"
     if rows is not None and (type(rows) is not int or not 0 < rows <= MAX_ID):
-        raise UserError(f"{path.with_name(source)}: {rows!r} rows in a vocabulary are impossible.")
+        key = "padded_vocab_size" if source == "tokenizer_config.json" else "vocab_size"
+        raise UserError(f"{path.with_name(source)}, key {key}: {rows!r:.80} rows in a vocabulary are impossible.")
     return rows
 
 

@@ -165,7 +165,8 @@ def find_init_checkpoint(
     if found := _difference(read_model_config(directory), model.config, ignored=_IGNORED_KEYS[:2]):
         key, saved, own = found
         raise UserError(
-            f"init_from={init_from}: its model has {key}={saved}, this run {own}. Use its own: model=null tokenizer=null"
+            f"init_from={init_from}: its model has {key}={saved}, this run {own}. "
+            "Use its own: model=null tokenizer=null"
         )
     named = (directory / "tokenizer.json").is_file() or holds_adapters(directory)
     if named and tokenizer is not None and load_model_tokenizer(directory).fingerprint != tokenizer.fingerprint:

@@ -70,7 +70,17 @@ def test_a_missing_tensor(family: tuple[Path, str]) -> None:
     state, name = tensors(directory, part)
     del state[name]
     save_file(state, directory / "model.safetensors")
-    with pytest.raises(UserError, match=rf"misses the tensor {name}\. Is the copy complete"):
+    with pytest.raises(UserError, match=rf"model.safetensors misses the tensor {name} that config.json describes\."):
+        load_model(directory)
+
+
+def test_a_head_that_config_describes_and_the_file_lacks(family: tuple[Path, str]) -> None:
+    directory, _ = family
+    edit(directory, lambda keys: keys.update(tie_word_embeddings=False))
+    state = load_file(directory / "model.safetensors")
+    state.pop("lm_head.weight", None)
+    save_file(state, directory / "model.safetensors")
+    with pytest.raises(UserError, match=r"misses the tensor lm_head.weight that .* set tie_word_embeddings to true"):
         load_model(directory)
 
 
@@ -89,7 +99,10 @@ def test_weights_of_another_family(family: tuple[Path, str], made: dict[str, Pat
     directory, _ = family
     other = made["gpt2" if "h.0" not in str(load_file(directory / "model.safetensors").keys()) else "llama"]
     shutil.copy(other / "model.safetensors", directory)
-    with pytest.raises(UserError, match=r"misses the tensor .* and holds .* instead. The two are of different models"):
+    # Each is named as its own file has it.
+    held = r"transformer\.h" if other.name == "gpt2" else r"model\.(layers|embed)"
+    named = rf"misses the tensor .* and holds {held}\S+ .* instead. The two are of different models"
+    with pytest.raises(UserError, match=named):
         load_model(directory)
 
 

@@ -80,7 +80,10 @@ class TestWeights:
         state = load_file(checkpoint / "model.safetensors")
         state.pop("model.layers.1.mlp.up_proj.weight")
         save_file(state, checkpoint / "model.safetensors")
-        refused(checkpoint, r"misses the tensor model\.layers\.1\.mlp\.up_proj\.weight\. Is the copy complete")
+        refused(
+            checkpoint,
+            r"misses the tensor model\.layers\.1\.mlp\.up_proj\.weight that config\.json describes\. Take both",
+        )
 
     def test_a_wrong_shape_is_named_with_both(self, checkpoint: Path) -> None:
         state = load_file(checkpoint / "model.safetensors")
