@@ -192,7 +192,7 @@ class TestKeys:
             ("llama", {"rope_parameters": {"rope_type": "mrope"}}, "mrope"),
             ("llama", {"rope_parameters": {"rope_type": "default", "mrope_section": [1]}}, "mrope_section"),
             ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2}}, "rope_scaling.*differs from rope_param"),
-            ("gemma3", {"rope_scaling": {"rope_type": "linear", "factor": 2}}, "rope_scaling.*differs from rope_param"),
+            ("gemma3", {"rope_scaling": {"rope_type": "linear", "factor": 2}}, "without rope_scaling"),
             ("gemma3", {"layer_types": ["chunked_attention"]}, "chunked_attention"),
             ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
             ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation"),
