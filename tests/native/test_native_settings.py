@@ -32,6 +32,7 @@ _GQA: dict[str, Any] = {
     "window": 7,
     "soft_cap": 2.0,
     "scale": 0.9,
+    "value_embed": 1,
 }
 _MLA: dict[str, Any] = {
     "kv_lora_rank": 28,
@@ -90,7 +91,7 @@ DECODER: dict[str, Any] = {
 }
 # What decode.c does not compute; all else it must compute.
 NOT_NATIVE = {
-    *(f"attention.gqa.{key}" for key in ("qk_norm", "rope", "rope_dim", "window", "soft_cap")),
+    *(f"attention.gqa.{key}" for key in ("qk_norm", "rope", "rope_dim", "window", "soft_cap", "value_embed")),
     "attention.mla.q_lora_rank",
     *("ffn.geglu", "ffn.geglu.hidden_dim", "ffn.gelu", "ffn.gelu.hidden_dim", "ffn.gelu.bias", "ffn.gelu.approximate"),
     *("norm.rms_norm.unit_offset", "norm.layer_norm", "norm.layer_norm.eps"),
