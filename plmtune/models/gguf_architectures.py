@@ -14,7 +14,7 @@ from typing import Any
 from plmtune.errors import UserError
 from plmtune.models.gguf_keys import Metadata
 from plmtune.models.gguf_layout import TABLE, Layout
-from plmtune.models.gguf_rope import read_scaling, write_scaling
+from plmtune.models.gguf_rope import read_latent_scaling, write_latent_scaling
 from plmtune.models.gguf_settings import (
     LAYER,
     PATTERN,
@@ -283,7 +283,7 @@ def _read_deepseek2(keys: Metadata) -> dict[str, Any]:
             "v_head_dim": keys.number("attention.value_length_mla"),
             "rope_theta": theta,
             "rope_interleaved": True,
-            "rope_scaling": read_scaling(keys, turned, theta, sizes["max_seq_len"]),
+            "rope_scaling": read_latent_scaling(keys, turned, theta, sizes["max_seq_len"]),
             "latent_eps": eps,
         },
         "ffn": {"component": "swiglu", "hidden_dim": keys.number("feed_forward_length")},
@@ -294,9 +294,6 @@ def _read_deepseek2(keys: Metadata) -> dict[str, Any]:
 def _write_deepseek2(config: Config) -> Written:
     attention = config["attention"]
     rank, turned = attention["kv_lora_rank"], attention["qk_rope_head_dim"]
-    scaling, _ = write_scaling(config)
-    if scaling.get("rope.scaling.type") == "yarn":
-        raise UserError("The export to GGUF does not write attention.rope_scaling=yarn of a model with mla.")
     return write_sizes(config) | {
         "attention.head_count_kv": 1,
         RMS: float(config["norm"]["eps"]),
@@ -311,7 +308,7 @@ def _write_deepseek2(config: Config) -> Written:
         "attention.key_length_mla": attention["qk_nope_head_dim"] + turned,
         "attention.value_length_mla": attention["v_head_dim"],
         "rope.dimension_count": turned,
-    } | scaling, {}
+    } | write_latent_scaling(config), {}
 
 
 _GQA = ("gqa", "mha")

@@ -149,6 +149,48 @@ def read_scaling(
     }
 
 
+# Ten times the key is what the file's code of DeepSeek-V2 calls mscale_all_dim.
+_LOG = "rope.scaling.yarn_log_multiplier"
+_LEAST_LOG = 1e-7  # llama.cpp takes 0 for a key that is not there
+
+
+def write_latent_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`write_scaling` for the architecture deepseek2, in whose graph YaRN multiplies the scores, too.
+
+    With a = attn_factor and L = ln(factor), llama.cpp multiplies cos and sin by a, and scores by (a (1 + m L))^2, for
+    the key yarn_log_multiplier m.
+    """
+    keys, _ = write_scaling(config)
+    if keys.get("rope.scaling.type") != "yarn":
+        return keys
+    made = scaling_of(config["attention"])
+    assert made is not None
+    factor = made.attention_factor
+    log = math.log(max(keys["rope.scaling.factor"], 1))
+    if log == 0:
+        return {}
+    keys["rope.scaling.attn_factor"] = factor
+    return keys | {_LOG: (math.sqrt(made.softmax_factor) / factor - 1) / log or _LEAST_LOG}
+
+
+def read_latent_scaling(keys: Metadata, width: int, theta: float, longest: int) -> dict[str, Any]:
+    """The inverse of `write_latent_scaling`; arguments as for `read_scaling`."""
+    found = read_scaling(keys, width, theta, longest)
+    if found["component"] != "yarn":
+        return found
+    log = math.log(max(found["factor"], 1))
+    if not keys.has(_LOG) or log == 0:
+        raise keys.refuse("rope.scaling.type")
+    factor = keys.decimal("rope.scaling.attn_factor", 1.0)
+    scale = factor * (1 + keys.decimal(_LOG) * log)  # of queries, and of keys
+    every = _short((scale - 1) / (0.1 * log)) if scale > 1 + 1e-6 else None
+    if scale < 1 - 1e-6:
+        raise keys.refuse(_LOG)
+    if every is not None and math.isclose(factor, 1, rel_tol=1e-6):
+        return found | {"attention_factor": None, "mscale": every, "mscale_all_dim": every}
+    return found | {"attention_factor": _short(factor), "mscale_all_dim": every}
+
+
 def _short(value: float) -> float:
     """A number of fp32 in as few digits as tell it from others."""
     return float(f"{value:.7g}")

@@ -20,7 +20,9 @@ from plmtune.export.gguf_writer import write_gguf
 from plmtune.export.runtimes import open_runtime
 from plmtune.models.families import by_model_type
 from plmtune.models.gguf import convert
+from plmtune.models.gguf_keys import Metadata
 from plmtune.models.gguf_match import build, match
+from plmtune.models.gguf_rope import read_latent_scaling
 from plmtune.models.hf_config import build_on_meta
 from plmtune.modules.decoder import Decoder
 from plmtune.tokenizers.bpe import from_ranks
@@ -55,6 +57,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "stablelm": {},
     "glm": {"head_dim": 8},
     "deepseek_v3": {},
+    "deepseek_v3-yarn": {},
     "deepseek_v2": {},
     "youtu": {"rms_norm_eps": 1e-6},
     "gpt2": {},
@@ -153,7 +156,6 @@ class TestRefusals:
                 r"attention.window \(layers.0\)",
             ),
             ("youtu", {"rms_norm_eps": 1e-5}, r"attention.q_a_norm.eps \(layers.0\) is 1e-06, in llama.cpp 1e-05"),
-            ("deepseek_v3-yarn", {}, r"attention.rope_scaling=yarn of a model with mla"),
             ("gpt2", {"activation_function": "gelu"}, r"ffn.approximate \(layers.0\) is 'none', in llama.cpp 'tanh'"),
             ("glm", {"head_dim": 12}, r"a model glm with heads as wide as embed_dim \(48\) in all, not 72"),
             ("arcee", {"attention_bias": True}, r"attention.q_proj.bias \(layers.0\) is \(60,\), in llama.cpp missing"),
@@ -197,3 +199,35 @@ def test_divisors_of_frequencies_that_are_not_llama_3s_are_kept(tmp_path: Path) 
     convert(tmp_path / "a.gguf", tmp_path / "out")
     loaded, _ = plmtune.load(tmp_path / "out", "cpu")
     torch.testing.assert_close(expected(loaded), expected(model), rtol=0, atol=1e-5)
+
+
+class TestYarnOfALatent:
+    """YaRN in deepseek2 multiplies cos and sin, and the scores."""
+
+    @pytest.mark.parametrize(
+        "scaling",
+        [
+            {"mscale": 0.7, "mscale_all_dim": 0.7},
+            {"mscale": 0.5, "mscale_all_dim": 1.0},
+            {},
+            {"attention_factor": 1.0},
+            {"factor": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0},
+        ],
+    )
+    def test_is_the_same_in_llama_cpp_and_comes_back(self, scaling: dict[str, Any], tmp_path: Path) -> None:
+        yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16} | scaling
+        keys = FAMILIES["deepseek_v3-yarn"][1] | {"rope_scaling": yarn}
+        model = made("deepseek_v3", tmp_path / "theirs", **keys)
+        write_gguf(model, few_tokens(), tmp_path / "a.gguf", kind="F32")
+        torch.testing.assert_close(in_llama_cpp(tmp_path / "a.gguf"), expected(model)[-1], rtol=0, atol=1e-4)
+        convert(tmp_path / "a.gguf", tmp_path / "out")
+        loaded, _ = plmtune.load(tmp_path / "out", "cpu")
+        torch.testing.assert_close(expected(loaded), expected(model), rtol=0, atol=5e-5)
+
+    @pytest.mark.parametrize("changes", [{"yarn_log_multiplier": None}, {"yarn_log_multiplier": -0.2}])
+    def test_without_the_multiplier_or_with_flatter_scores_is_refused(self, changes: dict[str, Any]) -> None:
+        held = {"type": "yarn", "factor": 4.0, "original_context_length": 16, "yarn_log_multiplier": 0.1} | changes
+        metadata = {f"deepseek2.rope.scaling.{key}": value for key, value in held.items() if value is not None}
+        keys = Metadata("a.gguf", "deepseek2", metadata, {}, torch.zeros)
+        with pytest.raises(UserError, match=r"a.gguf: deepseek2.rope.scaling.(type|yarn_log_multiplier) is"):
+            read_latent_scaling(keys, 8, 10000.0, 64)
