@@ -48,6 +48,7 @@ class Teacher:
         vocab_size: of the tokenizer.
         settings: the config's section.
         distillation: the loss.
+        kept: where the run's tokenizer was compressed from the teacher's, the teacher's id of each of its tokens.
     """
 
     directory: Path
@@ -55,6 +56,7 @@ class Teacher:
     vocab_size: int
     settings: DistillationConfig
     distillation: DistillationLoss
+    kept: Tensor | None = None
     digest: str = ""  # of the weights: those that a resumed run had, until `prepare` checks them
     _hidden: dict[tuple[bool, int], Tensor] = field(default_factory=dict)  # (of the teacher, pair): the last states
     _differences: list[Tensor] = field(default_factory=list)
@@ -120,7 +122,7 @@ class Teacher:
                 break
             chosen = mine[first : first + batch_size]
             rows = [data.rows[name].row(index) for _, (name, index) in chosen] or [data.filler()]
-            tops = _most_likely(model, make_batch(rows), cache.k, self.vocab_size, runtime)
+            tops = self._most_likely(model, make_batch(rows).to(runtime.device), runtime)
             for (digest, _), row, top in zip(chosen, rows, tops, strict=False):
                 assert len(top.ids) == int((row.targets != IGNORE).sum())
                 cache.add(digest, top)
@@ -170,7 +172,30 @@ class Teacher:
         if batch.top_ids is not None:
             assert batch.top_log_probs is not None and batch.top_log_rest is not None
             return TeacherTopK(batch.top_ids, batch.top_log_probs, batch.top_log_rest)
-        return _states(self.model, batch)
+        return self._states_of(self.model, batch)
+
+    def _states_of(self, model: Decoder, batch: Batch) -> TeacherStates:
+        tokens, kept = batch.tokens, self.kept
+        if kept is not None:
+            kept = kept.to(tokens.device)
+            tokens = kept[tokens]
+        hidden = model(tokens, mask=batch.mask, input_pos=batch.input_pos, hidden=True)
+        weight = model.head_weight if kept is None else model.head_weight[kept]
+        return TeacherStates(batch.counted(hidden)[0], weight, **model.loss_settings)
+
+    @torch.no_grad()
+    def _most_likely(self, model: Decoder, batch: Batch, runtime: Runtime) -> list[TeacherTopK]:
+        """The most likely tokens of each row's places that count."""
+        k = self.settings.top_k or 1
+        with runtime.autocast():
+            states = self._states_of(model, batch)
+        weight = states.weight[: self.vocab_size].to(states.hidden.dtype)
+        chunks = [
+            most_likely(capped(hidden @ weight.T, states.soft_cap)[0], k) for hidden in states.hidden.split(_CHUNK_ROWS)
+        ]
+        counts = (batch.targets != IGNORE).sum(dim=1).tolist()
+        whole = (torch.cat([vars(chunk)[name] for chunk in chunks]) for name in ("ids", "log_probs", "log_rest"))
+        return [TeacherTopK(*parts) for parts in zip(*(tensor.split(counts) for tensor in whole), strict=True)]
 
     def _loaded(self, runtime: Runtime) -> Decoder:
         """The model with its weights, in the dtype of the arithmetic, sharded as the trained model is."""
@@ -182,27 +207,9 @@ class Teacher:
     def _key(self, runtime: Runtime) -> str:
         """The hash of what the numbers depend on, besides the row: the weights, the tokens kept, and the arithmetic."""
         arithmetic = f"{runtime.device.type} {runtime.compute_dtype}"
-        parts = [_VERSION, self.digest, self.settings.top_k, self.vocab_size, arithmetic, torch.__version__]
+        kept = None if self.kept is None else self.kept.tolist()
+        parts = [_VERSION, self.digest, kept, self.settings.top_k, self.vocab_size, arithmetic, torch.__version__]
         return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
-
-
-def _states(model: Decoder, batch: Batch) -> TeacherStates:
-    hidden = model(batch.tokens, mask=batch.mask, input_pos=batch.input_pos, hidden=True)
-    return TeacherStates(batch.counted(hidden)[0], model.head_weight, **model.loss_settings)
-
-
-@torch.no_grad()
-def _most_likely(model: Decoder, batch: Batch, k: int, vocab_size: int, runtime: Runtime) -> list[TeacherTopK]:
-    """The most likely tokens of each row's places that count."""
-    with runtime.autocast():
-        states = _states(model, batch.to(runtime.device))
-    counts = (batch.targets != IGNORE).sum(dim=1).tolist()
-    weight = states.weight[:vocab_size].to(states.hidden.dtype)
-    chunks = [
-        most_likely(capped(hidden @ weight.T, states.soft_cap)[0], k) for hidden in states.hidden.split(_CHUNK_ROWS)
-    ]
-    whole = (torch.cat([vars(chunk)[name] for chunk in chunks]) for name in ("ids", "log_probs", "log_rest"))
-    return [TeacherTopK(*parts) for parts in zip(*(tensor.split(counts) for tensor in whole), strict=True)]
 
 
 def find_teacher(
@@ -238,11 +245,17 @@ def find_teacher(
             "distillation.top_k out."
         )
     directory = init_checkpoint_directory(name, weights=False)
-    if tokenizer is not None and adapters.load_model_tokenizer(directory).fingerprint != tokenizer.fingerprint:
-        raise UserError(
-            f"distillation.teacher={name}: its tokenizer differs from this run's, so their tokens cannot be compared. "
-            f"Train with the teacher's: tokenizer=file tokenizer.path={directory}"
-        )
+    kept = None
+    if tokenizer is not None and tokenizer.fingerprint != (
+        theirs := adapters.load_model_tokenizer(directory).fingerprint
+    ):
+        kept = next((torch.tensor(one.ids) for one in tokenizer.kept if one.original == theirs), None)
+        if kept is None:
+            raise UserError(
+                f"distillation.teacher={name}: its tokenizer differs from this run's, so their tokens cannot be "
+                f"compared. Train with the teacher's (tokenizer=file tokenizer.path={directory}), or with one that was "
+                "compressed from it (plmtune tokenizer compress)."
+            )
     config = adapters.read_model_config(directory)
     with torch.device("meta"):
         chosen = component_from_config("model", config, str(directory))
@@ -257,7 +270,7 @@ def find_teacher(
         raise UserError(f"key distillation.top_k: {settings.top_k} exceeds the vocabulary ({vocab_size}).")
     if student is not None and settings.layers:
         _check_layers(settings, student, model)
-    return Teacher(directory, model, vocab_size, settings, loss)
+    return Teacher(directory, model, vocab_size, settings, loss, kept)
 
 
 def _check_layers(settings: DistillationConfig, student: Decoder, teacher: Decoder) -> None:

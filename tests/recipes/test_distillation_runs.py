@@ -12,6 +12,7 @@ from group import in_group
 from test_resuming import plmtune
 
 from plmtune.errors import UserError
+from plmtune.tokenizers.train_bpe import train_bpe
 
 DISTIL = ("loss=forward_kl", "loss.temperature=2", "loss.cross_entropy_weight=0.25")
 
@@ -35,6 +36,18 @@ def test_cross_entropy_and_divergence_are_logged_apart(place: Path, whole: Path)
 def test_a_model_that_starts_as_its_teacher_has_no_divergence(place: Path, whole: Path) -> None:
     start("run_dir=run", *DISTIL, f"distillation.teacher={whole}", f"init_from={whole}")
     assert abs(logged(place / "run")[0]["divergence"]) < 1e-5
+
+
+@pytest.mark.parametrize("kept", [(), ("distillation.top_k=8",)])
+def test_a_compressed_tokenizer_learns_from_the_original(place: Path, kept: tuple[str, ...]) -> None:
+    train_bpe([path.read_text() for path in sorted(place.glob("corpus/*"))], 300).save(place / "bpe")
+    start("run_dir=teacher", "tokenizer=file", "tokenizer.path=bpe", "phases=[{name: main, steps: 3}]")
+    plmtune("tokenizer", "compress", "teacher", "corpus/0*.txt", "--vocab-size", "280", "--out", "small")
+    keys = (*DISTIL, "distillation.teacher=teacher", *kept)
+    start("run_dir=run", *keys, "tokenizer=file", "tokenizer.path=small", "init_from=small")
+    # The student starts as the teacher's rows of the kept tokens, and the teacher's distribution is among them.
+    assert abs(logged(place / "run")[0]["divergence"]) < (1e-4 if kept else 1e-6)
+    assert "compressed from it" in refusal(*keys, "tokenizer=bundled")
 
 
 def test_a_stopped_run_resumes_to_the_same_weights(place: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
