@@ -433,6 +433,9 @@ class TestMistakes:
             ("pretrain", "model.ffn.num_experts=3", "key model.ffn.num_experts: unknown"),
             ("dpo", "phases=[{name: a, tokens: 3}]", "dpo has no key phases (it belongs to pretrain, sft)."),
             ("pretrain", "epochs=2", "pretrain has no key epochs (it belongs to sft, preference)."),
+            ("dpo", "loss.z_loss=1e-4", "loss is dpo, which has no key z_loss; components of loss that have it: "),
+            ("aries", "loss.z_loss=1e-4", "loss is aries, which has no key z_loss; components of loss that have it: "),
+            ("quantize", "optimizer.no_decay=[norm]", "quantize has no key optimizer (it belongs to "),
         ],
     )  # fmt: skip
     def test_a_key_that_stands_elsewhere_is_told_where(self, recipe: str, override: str, said: str) -> None:

@@ -130,12 +130,29 @@ class TestLearning:
 
 
 STRATEGIES = ("ddp", "fsdp")
+# Options whose sums and names must not depend on the number of processes or of micro-batches.
+OPTIONS = [
+    "model=llama",
+    "model.attention={num_kv_heads: 2, value_embed: 2}",
+    "model.ffn.hidden_dim=64",
+    "model.embed_dim=32",
+    "model.num_layers=3",
+    "model.num_heads=4",
+    "loss.z_loss=0.01",
+    "optimizer=muon",
+    "optimizer.normuon_beta2=0.9",
+    "optimizer.cautious=true",
+    "optimizer.no_decay=[value_embeddings, tok_embeddings]",
+    "phases=[{name: main, steps: 4}]",
+    "checkpoint.every=0",
+]
 
 
 def train_by_each_strategy(place: Path) -> dict[str, Any]:
     with contextlib.chdir(place), nothing_beside():
         for strategy in STRATEGIES:
             start(f"run_dir={strategy}", f"runtime.strategy={strategy}")
+            start(f"run_dir=options-{strategy}", f"runtime.strategy={strategy}", "micro_batch_size=1", *OPTIONS)
     return {}
 
 
@@ -154,6 +171,14 @@ class TestTwoProcesses:
             for key in ("loss", "validation_loss", "bits_per_byte", "grad_norm"):
                 if key in alone:
                     assert shared[key] == pytest.approx(alone[key], rel=1e-6 if key != "grad_norm" else 1e-5)
+
+    def test_so_do_those_with_value_embeddings_z_loss_and_normuon(self, trained: Path, place: Path) -> None:
+        start("run_dir=one", "micro_batch_size=4", *OPTIONS)
+        for strategy in STRATEGIES:
+            for alone, shared in zip(metrics(place / "one"), metrics(trained / f"options-{strategy}"), strict=True):
+                for key in ("loss", "validation_loss", "grad_norm"):
+                    if key in alone:
+                        assert shared[key] == pytest.approx(alone[key], rel=1e-6 if key != "grad_norm" else 1e-5)
 
     @pytest.mark.slow  # test_processes.py kills one rank of two and lets torchrun go on by default
     @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -78,6 +78,23 @@ class TestLearning:
             "micro_batch_size=16")  # fmt: skip
         assert [entry["loss"] for entry in metrics(base / "r")] == [pytest.approx(mean, rel=1e-5)]
 
+    @pytest.mark.parametrize("peft", ["null", "lora"])
+    def test_z_loss_is_a_mean_over_the_same_tokens(self, base: Path, peft: str) -> None:
+        model, tokenizer = plmtune.load(base / "base")
+        template, found = find_template(None, tokenizer), []
+        for line in (base / "talk.jsonl").read_text().splitlines():
+            messages = tuple(Message(**message) for message in json.loads(line)["messages"])
+            ids, trained = template.encode(messages, "all")
+            with torch.no_grad():
+                log_z = model(torch.from_numpy(ids).long()[None])[0].logsumexp(-1)
+            found += [float(log_z[place - 1]) ** 2 for place in range(1, len(ids)) if trained[place]]
+        losses = []
+        for z_loss, micro in ((0.0, 16), (0.01, 2)):  # whatever a micro-batch holds of them
+            run("sft", f"run_dir=r{micro}", "phases=[]", "epochs=1", "optimizer.lr=0", "chat.holdout=0", f"peft={peft}",
+                "global_batch_size=64", f"micro_batch_size={micro}", f"loss.z_loss={z_loss}")  # fmt: skip
+            losses += [entry["loss"] for entry in metrics(base / f"r{micro}")]
+        assert losses[1] - losses[0] == pytest.approx(0.01 * sum(found) / len(found), rel=1e-4)
+
     def test_phases_have_their_own_mix_and_budget(self, base: Path) -> None:
         phases = "phases=[{name: general, steps: 2, mix: {b: 1}}, {name: domain, steps: 2, mix: {a: 1}}]"
         run("sft", *TWO, phases, "run_dir=r", "seq_len=160", "chat.truncation=drop")
