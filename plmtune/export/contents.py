@@ -26,7 +26,7 @@ from plmtune.models.families import names_of
 from plmtune.models.gguf_file import opened_gguf
 from plmtune.models.gguf_forms import architecture_of
 from plmtune.models.gguf_match import match
-from plmtune.models.gguf_rope import FREQS, LONG, SHORT
+from plmtune.models.gguf_rope import FREQS, LONG
 from plmtune.models.hf_config import described_model, hf_config, read_formats
 from plmtune.models.hf_names import hf_name
 from plmtune.modules.decoder import Decoder
@@ -282,7 +282,7 @@ def _of_gguf(path: Path, model: Decoder) -> Contents:
         kinds={ours: min((held[part].kind.name for part in names[ours]), key=gguf_file.bits_of) for ours in there},
         declared=_declared(metadata.get("general.file_type")),
         missing=tuple(sorted(set(groups) - set(held))),
-        unknown=tuple(sorted(set(held) - set(groups) - {FREQS, LONG, SHORT})),
+        unknown=tuple(sorted(filter(layout.is_ours, set(held) - set(groups)))),
         rows=embedding.shape[0] if embedding is not None else None,
         tokenizer=tables,
         ordinary=tuple(kind in (TokenType.NORMAL, TokenType.BYTE) for kind in said("ggml.token_type", list) or ()),

@@ -114,6 +114,11 @@ def write_gguf(
         raise UserError(f"The tokenizer has {tokenizer.num_tokens} tokens, the model {model.vocab_size} rows.")
     parts = list(_parts(model, kind, found))
     notes = []
+    if found.architecture.layout.sinks:
+        notes.append(
+            "Of llama.cpp's architectures of this form granite_swa alone has windows, and RoPE in some layers. Older "
+            "releases do not have it."
+        )
     if found.architecture.layout.squared_relu is not None:
         copied = sum(part.num_bytes for part in parts if ".ffn_gate." in part.name)
         notes.append(

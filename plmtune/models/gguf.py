@@ -26,7 +26,6 @@ from plmtune.models.gguf_forms import architecture_of
 from plmtune.models.gguf_keys import Metadata
 from plmtune.models.gguf_layout import Layout
 from plmtune.models.gguf_match import build
-from plmtune.models.gguf_rope import FREQS, LONG, SHORT
 from plmtune.models.gguf_squared_relu import KEY, is_copy
 from plmtune.models.gguf_tokenizer import read_tokenizer
 from plmtune.models.hf import hf_state
@@ -134,7 +133,7 @@ def _check_tensors(model: Decoder, file: GGUFFile, layout: Layout) -> dict[str, 
         if held.shape != shape:
             raise UserError(f"{file.path}: {held.name} has shape {list(held.shape)}, its metadata need {list(shape)}.")
     groups = layout.groups(state)
-    extra = sorted(set(file.tensors) - set(groups) - {FREQS, LONG, SHORT})
+    extra = sorted(filter(layout.is_ours, set(file.tensors) - set(groups)))
     if extra:
         raise UserError(f"{file.path} holds the tensor {extra[0]!r:.80}, which a {name} model lacks.")
     return groups

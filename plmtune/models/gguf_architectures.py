@@ -29,6 +29,7 @@ from plmtune.models.gguf_settings import (
     write_sizes,
     write_square_gqa,
 )
+from plmtune.models.gguf_windows import read_windows, write_windows
 from plmtune.models.hf_names import Names
 
 
@@ -342,6 +343,9 @@ ARCHITECTURES = (
     Architecture("granite", "granite", _LLAMA, _read_granite, _write_granite, _layout(permuted=True)),
     Architecture(
         "arcee", "arcee", (_GQA, "squared_relu", "rms_norm"), _read_arcee, _write_llama, _layout(permuted=True)
+    ),
+    Architecture(
+        "granite_swa", "mistral", _LLAMA, read_windows, write_windows, _layout(permuted=True, sinks=True)
     ),
     Architecture("ernie4_5", "ernie4_5", _LLAMA, _read_ernie, write_gqa),
     Architecture("chatglm", "glm", _LLAMA, _read_glm, write_square_gqa, _layout(fused=_GATE_UP)),

@@ -32,6 +32,8 @@ TABLE = {
     "ffn.down_proj": "ffn_down",
 }
 STANDARD = Names(TABLE, layers="blk.")
+SINKS = "attn_sinks.weight"  # of a layer
+_FOLLOW = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 Read = Callable[[str], Tensor]
 
 
@@ -43,6 +45,7 @@ class Layout:
         names: our names -> the file's; fused ones hold several of ours, row after row.
         permuted: llama.cpp rotates neighbours, so the rows of queries and keys with half-split RoPE are reordered.
         unit_offset: the weights of norms are stored as 1 + weight.
+        sinks: its layers have tensors `SINKS`, which we have not.
         split_latent: kv_b_proj is stored as attn_k_b, transposed, and attn_v_b, head by head.
         squared_relu: factors of an FFN with squared ReLU, which is stored as SwiGLU: up_proj twice.
     """
@@ -52,6 +55,11 @@ class Layout:
     unit_offset: bool = False
     split_latent: bool = False
     squared_relu: Factors | None = None
+    sinks: bool = False
+
+    def is_ours(self, name: str) -> bool:
+        """Whether a tensor of the file is a part of the model's, rather than one that follows from its keys."""
+        return not (name in _FOLLOW or (self.sinks and name.endswith(f".{SINKS}")))
 
     def groups(self, ours: Iterable[str]) -> dict[str, tuple[str, ...]]:
         """Each tensor of the file -> our tensors that it holds, for our names."""

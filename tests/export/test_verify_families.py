@@ -17,6 +17,7 @@ from plmtune.models.gguf_file import opened_gguf
 from plmtune.models.gpt2 import gpt2
 from plmtune.models.hf import save_model
 from plmtune.models.llama import llama
+from plmtune.models.mistral import mistral
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import component
@@ -30,6 +31,13 @@ MODELS: dict[str, Callable[[], Decoder]] = {
         288,
         attention=component("attention", "gqa", num_kv_heads=2, rope_scaling=LLAMA3),
         ffn=component("ffn", "swiglu", hidden_dim=96),
+        **SIZES,
+    ),
+    "granite_swa": lambda: mistral(
+        288,
+        attention=component("attention", "gqa", num_kv_heads=2, window=6, rope_scaling=LLAMA3),
+        ffn=component("ffn", "swiglu", hidden_dim=96),
+        layers=["local", "global"],
         **SIZES,
     ),
     "gemma2": lambda: gemma2(

@@ -18,6 +18,7 @@ import plmtune
 from plmtune.errors import UserError
 from plmtune.export.gguf_writer import write_gguf
 from plmtune.export.runtimes import open_runtime
+from plmtune.models import gguf_windows
 from plmtune.models.families import by_model_type
 from plmtune.models.gguf import convert
 from plmtune.models.gguf_keys import Metadata
@@ -43,11 +44,14 @@ CHANGES: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {"attention_bias": False},
     "smollm3": {},
+    "smollm3-interval": {},
+    "mistral": {},
     "mistral-full": {},
+    "ministral": {},
     "gemma2": {"query_pre_attn_scalar": 10},
     "gemma3": {"query_pre_attn_scalar": 10},
     "gemma3-scaled": {"query_pre_attn_scalar": 10, "head_dim": 10},
-    "phi3": {"sliding_window": None},
+    "phi3": {},
     "phi4-mini": {},
     "minicpm": {},
     "granite": {},
@@ -145,10 +149,6 @@ class TestRefusals:
         ("name", "changes", "message"),
         [
             ("llama-dynamic", {}, r"attention.rope_scaling at the longest \(layers.0\)"),
-            ("smollm3-interval", {}, r"attention.rope_interleaved \(layers.1\) is missing, in llama.cpp False"),
-            ("mistral", {}, r"ignores the sliding window \(7\) of the model mistral, whose max_seq_len is 64"),
-            ("ministral", {}, r"ignores the sliding window \(7\)"),
-            ("phi3", {"sliding_window": 7}, r"ignores the sliding window \(7\) of the model phi3"),
             ("gemma3", {"query_pre_attn_scalar": 12}, r"attention.scale \(layers.0\) is 0.288\d*, in llama.cpp 0.316"),
             (
                 "gemma2",
@@ -231,3 +231,16 @@ class TestYarnOfALatent:
         keys = Metadata("a.gguf", "deepseek2", metadata, {}, torch.zeros)
         with pytest.raises(UserError, match=r"a.gguf: deepseek2.rope.scaling.(type|yarn_log_multiplier) is"):
             read_latent_scaling(keys, 8, 10000.0, 64)
+
+
+def test_a_file_with_attention_sinks_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"blk.0.attn_sinks.weight and the others have a share of attention"):
+        gguf_windows.read_windows(_metadata(made("mistral", tmp_path / "theirs"), sinks=0.6))
+
+
+def _metadata(model: Decoder, *, sinks: float) -> Metadata:
+    keys, tensors = gguf_windows.write_windows(model.config)
+    tensors = {name: tensor.fill_(sinks) for name, tensor in tensors.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return Metadata("a.gguf", "granite_swa", {f"granite_swa.{key}": held for key, held in keys.items()}, shapes,
+                    tensors.__getitem__)  # fmt: skip
