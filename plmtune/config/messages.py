@@ -45,12 +45,17 @@ def _of_other_component(full_key: str, group: str, name: str) -> str | None:
     )
 
 
+# Keys of the recipes that train, and what quantize calls the same.
+_SAME = {"init_from": ["checkpoint"], "runtime": ["device", "dtype"]}
+
+
 def _of_other_recipe(key: str, name: str, keys: Sequence[str]) -> str | None:
     """Hint for a key that the config's recipe lacks and other recipes have."""
     having = [recipe for recipe, schema in SCHEMAS.items() if any(item.name == key for item in fields(schema))]
     if not having:
         return None
-    near = did_you_mean(key, keys)
+    same = [other for other in _SAME.get(key, ()) if other in keys]
+    near = f" Did you mean {either(same)}?" if same else did_you_mean(key, keys)
     return f"{name} has no key {key} (it belongs to {', '.join(having)}).{near if near.endswith('?') else ''}"
 
 

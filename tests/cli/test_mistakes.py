@@ -335,6 +335,8 @@ MODELS_AND_DATA = [
     ("run quantize checkpoint=m run_dir=d.txt", "d.txt is a file"),
     ("run quantize checkpoint=m seq_len=100000", "key seq_len: 100,000 exceeds the model's max_seq_len (64)"),
     ("run quantize checkpoint=m data=docstrings", "holds conversations; this run takes plain text"),
+    ("run quantize init_from=m", "(it belongs to pretrain, sft, preference). Did you mean checkpoint?"),
+    ("run quantize runtime.device=cpu", "(it belongs to pretrain, sft, preference). Did you mean device or dtype?"),
     ("run quantize model=plm_tiny", "quantize has no key model (it belongs to pretrain"),
     ("run demo run_dir=m", "m holds a model (model.safetensors), and a run would overwrite it"),
 ]
