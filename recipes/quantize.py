@@ -13,25 +13,27 @@ from plmtune import dtypes
 from plmtune.config.compose import build
 from plmtune.config.schema import QuantizeConfig as Config
 from plmtune.data.sources import Source
+from plmtune.data.text_rows import read_rows, text_sources
 from plmtune.errors import UserError
 from plmtune.io import hub, manifest
 from plmtune.io.run_directory import read_record, refuse_unusable
 from plmtune.io.run_summary import already_finished, finished_runs
 from plmtune.io.signals import EXIT_STOPPED, StopSignals
 from plmtune.io.terminal import echo, track
+from plmtune.models import text_loss
 from plmtune.models.adapters import load_model_tokenizer
 from plmtune.models.assemble import component_config, component_from_config
 from plmtune.models.checkpoint_files import CONFIG as MODEL_CONFIG
 from plmtune.models.checkpoint_files import checkpoint_directory, read_json
 from plmtune.models.hf import save_model
+from plmtune.models.unquantized import build_on_meta, load_finite
 from plmtune.quantization import mixes, qat, sensitivity
 from plmtune.quantization.calibrate import second_moments
-from plmtune.quantization.quantize import build_on_meta, file_bytes, load_finite, quantize
+from plmtune.quantization.quantize import file_bytes, quantize
 from plmtune.quantization.report import FILE, Report
 from plmtune.quantization.schemes import LayerFormats
 from plmtune.quantization.sensitivity import Sensitivities
 from plmtune.quantization.sensitivity_plot import Measured, draw
-from plmtune.quantization.text_rows import read_rows, text_sources
 from plmtune.registry import Component
 from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.training.run_setup import find_run, open_run
@@ -225,7 +227,7 @@ class Quantize:
     def mean_loss(self, when: str) -> float | None:
         """Nats a token of the text to measure on; None where there is none."""
         batches = self.batches(self.text.test, f"measured {when} quantizing")
-        return sensitivity.mean_loss(self.model, batches) if len(self.text.test) else None
+        return text_loss.mean_loss(self.model, batches) if len(self.text.test) else None
 
     def second_moments(self) -> dict[str, Tensor]:
         batches = self.batches(self.text.calibration, "read to calibrate")

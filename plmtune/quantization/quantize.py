@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from plmtune.errors import UserError
-from plmtune.io.safetensors_writer import listed, not_finite
-from plmtune.models.adapters import holds_adapters, load_model, read_model_config
-from plmtune.models.assemble import component_from_config
-from plmtune.models.checkpoint_files import CONFIG, read_json
 from plmtune.models.hf import num_bytes
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, Quantized, QuantizedLinear, install
@@ -53,26 +48,6 @@ def quantize(
     for name in progress(list(formats)):
         quantize_module(model, name, formats[name], second_moments.get(name) if second_moments else None)
     model.quantization = dict(scheme or {})  # type: ignore[assignment]
-
-
-def build_on_meta(checkpoint: Path) -> Any:
-    """The model of a checkpoint, which must not be quantized, on the meta device."""
-    if not holds_adapters(checkpoint) and "quantization_config" in read_json(checkpoint, CONFIG):
-        raise UserError(f"{checkpoint} is quantized already. Quantize its original (quantize.json names it).")
-    config = read_model_config(checkpoint)
-    with torch.device("meta"):
-        return component_from_config("model", config, str(checkpoint))(vocab_size=config["vocab_size"])
-
-
-def load_finite(checkpoint: Path, device: torch.device) -> Decoder:
-    """Load a checkpoint's model in fp32, and refuse weights that are not finite."""
-    model: Decoder = load_model(checkpoint, device, torch.float32).eval()
-    if names := not_finite(dict(model.named_parameters())):
-        raise UserError(
-            f"{checkpoint}: its weights are not finite ({listed(names)}): its training diverged, or it is damaged. "
-            "Quantize an earlier checkpoint or another model."
-        )
-    return model
 
 
 def file_bytes(model: Decoder, formats: Mapping[str, Format], dtype: torch.dtype) -> int:

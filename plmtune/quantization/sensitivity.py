@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from plmtune.io.atomic import write_atomically
 from plmtune.io.untrusted import load_json
 from plmtune.models.digest import model_digest
+from plmtune.models.text_loss import CHUNK, log_probs, sum_of
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, Quantized
 from plmtune.quantization.calibrate import inputs_seen
@@ -29,7 +30,6 @@ from plmtune.quantization.quantize import quantize_module
 from plmtune.quantization.schemes import EMBEDDING, HEAD, VALUES, candidates
 
 _VERSION = 1  # of the file and of its key
-_CHUNK = 512  # tokens whose logits are held at once
 _TOP = 64  # predictions a token that a divergence counts singly; all others count as one
 
 
@@ -71,18 +71,6 @@ class Sensitivities(list[Sensitivity]):
     def __init__(self, rows: Iterable[Sensitivity] = (), *, loss: float, tokens: int, others: Iterable[str]) -> None:
         super().__init__(rows)
         self.loss, self.tokens, self.others = loss, tokens, list(others)
-
-
-@torch.no_grad()
-def mean_loss(model: Decoder, batches: Iterable[Tensor]) -> float:
-    """Mean loss in nats a token of batches of ids, [b, s]; each token is predicted from those before it in its row."""
-    nats, tokens = 0.0, 0
-    for ids in batches:
-        log_probs, targets = _log_probs(model, model(ids, hidden=True)), ids[:, 1:].flatten()
-        for part, expected in zip(log_probs, targets.split(_CHUNK), strict=True):
-            nats -= _sum_of(part, expected)
-        tokens += len(targets)
-    return nats / tokens if tokens else math.nan
 
 
 @torch.no_grad()
@@ -164,13 +152,13 @@ class _Unchanged:
     """The unchanged model's loss on rows, and its most likely predictions with their log-probabilities."""
 
     def __init__(self, model: Decoder, rows: Tensor) -> None:
-        self.rows, self.targets = rows, rows[:, 1:].flatten().split(_CHUNK)
+        self.rows, self.targets = rows, rows[:, 1:].flatten().split(CHUNK)
         self.tokens = rows[:, 1:].numel()
         self.hidden = model(rows, hidden=True)
         self.top: list[tuple[Tensor, Tensor]] = []
         nats = 0.0
-        for part, expected in zip(_log_probs(model, self.hidden), self.targets, strict=True):
-            nats -= _sum_of(part, expected)
+        for part, expected in zip(log_probs(model, self.hidden), self.targets, strict=True):
+            nats -= sum_of(part, expected)
             values, ids = part.topk(min(_TOP, part.shape[1]), dim=1)
             self.top.append((values.double(), ids))
         self.loss = nats / self.tokens
@@ -188,8 +176,8 @@ class _Unchanged:
                 x = model.layers[number](x, **model.of_tokens(number, self.rows))
             hidden = model.finish(x)
         nats = divergence = 0.0
-        for part, expected, (top, ids) in zip(_log_probs(model, hidden), self.targets, self.top, strict=True):
-            nats -= _sum_of(part, expected)
+        for part, expected, (top, ids) in zip(log_probs(model, hidden), self.targets, self.top, strict=True):
+            nats -= sum_of(part, expected)
             now = part.gather(1, ids).double()
             # The tail counts as one prediction, which hides what moves inside of it.
             rest, rest_now = (
@@ -197,16 +185,6 @@ class _Unchanged:
             )
             divergence += float((top.exp() * (top - now)).sum() + (rest * (rest / rest_now).log()).sum())
         return nats / self.tokens - self.loss, max(divergence, 0.0) / self.tokens
-
-
-def _log_probs(model: Decoder, hidden: Tensor) -> Iterator[Tensor]:
-    """fp32 log-probabilities of the token after each but a row's last, [_CHUNK, v] at a time."""
-    for part in hidden[:, :-1].flatten(0, 1).split(_CHUNK):
-        yield model.logits(part).log_softmax(-1)
-
-
-def _sum_of(log_probs: Tensor, targets: Tensor) -> float:
-    return float(log_probs.gather(1, targets[:, None]).double().sum())
 
 
 @contextmanager

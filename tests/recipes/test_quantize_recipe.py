@@ -15,6 +15,7 @@ import plmtune
 from plmtune.cli import cli
 from plmtune.config import compose
 from plmtune.errors import UserError
+from plmtune.models import text_loss
 from plmtune.models.hf import save_model
 from plmtune.models.plm import plm
 from plmtune.modules.quantized import Quantized
@@ -137,7 +138,7 @@ class TestSensitivity:
         numbers = " ".join(str(number**2) for number in range(3000))
         (folder / "text.txt").write_text(numbers, encoding="utf-8")
         own = {"measure": torch.empty(0), "loss": []}  # type: ignore[var-annotated]
-        measure, loss = sensitivity.measure, sensitivity.mean_loss
+        measure, loss = sensitivity.measure, text_loss.mean_loss
 
         def kept(model, plan, rows, *rest, **more):  # type: ignore[no-untyped-def]
             own["measure"] = rows
@@ -148,7 +149,7 @@ class TestSensitivity:
             return loss(model, own["loss"])
 
         monkeypatch.setattr(sensitivity, "measure", kept)
-        monkeypatch.setattr(sensitivity, "mean_loss", seen)
+        monkeypatch.setattr(text_loss, "mean_loss", seen)
         run("quantization=int4", "sensitivity.budget=60%", "sensitivity.tokens=96")
         chosen, reported = own["measure"].tolist(), torch.cat(own["loss"]).tolist()
         assert (len(chosen), len(reported)) == (3, 8)

@@ -1,4 +1,4 @@
-"""Rows of text for quantization: to calibrate on, to choose a mix by, and to measure the loss on."""
+"""Rows of text for recipes that change a trained model: to calibrate on, to choose by, and to measure on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TextRows:
     """Rows of ids, [n, s]; no row is in two of the three.
 
     Attributes:
-        calibration: rows whose products decide the ranges.
+        calibration: rows that ranges or importances come from.
         mix: rows that sensitivities are measured on, by which a mix is chosen.
         test: rows that the loss is measured on.
         fingerprints: source name -> hash of its documents.
@@ -60,6 +60,7 @@ def read_rows(
     calibration_tokens: int,
     mix_tokens: int,
     test_tokens: int,
+    calibration_key: str = "calibration_tokens",
 ) -> TextRows:
     """Read rows, spread over the data's first million tokens.
 
@@ -67,6 +68,7 @@ def read_rows(
         seq_len: tokens a row.
         calibration_tokens, test_tokens: rounded up to whole rows.
         mix_tokens: rounded down, to one row at least; 0: none.
+        calibration_key: the key that calibration_tokens comes from, for messages.
     """
     calibration, test = (-(-n // seq_len) for n in (calibration_tokens, test_tokens))
     mix = max(1, mix_tokens // seq_len) if mix_tokens else 0
@@ -87,7 +89,7 @@ def read_rows(
     if len(found.calibration) < calibration or len(found.test) < test or len(found.mix) < mix:
         more = f" with sensitivity.tokens ({mix_tokens:,})" if mix else ""
         raise UserError(
-            f"key data: the text has {len(ids):,} tokens, and calibration_tokens ({calibration_tokens:,}) and "
+            f"key data: the text has {len(ids):,} tokens, and {calibration_key} ({calibration_tokens:,}) and "
             f"test_tokens ({test_tokens:,}){more} are taken of one half of it each, in rows of {seq_len}. Give "
             "more text, or ask for fewer."
         )
