@@ -30,7 +30,8 @@ ALLOWED: dict[str, str] = {
     "native": "io modules",
     "models": "io registry config modules tokenizers",
     "data": "io registry modules tokenizers",
-    "quantization": "io registry modules tokenizers models data",
+    "quantization": "io registry modules models",
+    "pruning": "io losses modules models",
     "inference": "io modules native tokenizers",
     "plmtune": "registry modules tokenizers models inference",  # plmtune/__init__.py
     "training": "io registry config losses optim modules tokenizers models data quantization",
@@ -38,8 +39,8 @@ ALLOWED: dict[str, str] = {
     "evaluation": "io config sandbox modules tokenizers models data inference training",
     "export": "io registry modules tokenizers models plmtune quantization",
     "devices": "io registry config modules tokenizers models quantization inference plmtune training export",
-    "recipes": "io registry config tokenizers models plmtune data quantization inference training preference "
-    "evaluation",
+    "recipes": "io registry config modules tokenizers models plmtune data quantization pruning inference training "
+    "preference evaluation",
     "cli": "io registry config modules tokenizers native models plmtune data inference training evaluation export "
     "devices",
     "__main__": "cli",

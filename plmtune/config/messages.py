@@ -52,6 +52,8 @@ _SAME = {"init_from": ["checkpoint"], "runtime": ["device", "dtype"]}
 def _of_other_recipe(key: str, name: str, keys: Sequence[str]) -> str | None:
     """Hint for a key that the config's recipe lacks and other recipes have."""
     having = [recipe for recipe, schema in SCHEMAS.items() if any(item.name == key for item in fields(schema))]
+    if name in having:
+        return f"{key} of {name} is a section, not a component: give its keys, {key}.KEY=VALUE"
     if not having:
         return None
     same = [other for other in _SAME.get(key, ()) if other in keys]

@@ -352,12 +352,92 @@ class QuantizeConfig(RunConfig):
     data: Component | None = None  # text to calibrate and measure on
 
 
+@dataclass
+class PrunedAttentionConfig:
+    """Sizes of attention after pruning; null: as before."""
+
+    num_kv_heads: Size | None = None  # each goes with the query heads that it serves
+    kv_lora_rank: Size | None = None
+    q_lora_rank: Size | None = None
+
+
+@dataclass
+class PrunedFfnConfig:
+    """Sizes of the FFN after pruning; null: as before."""
+
+    hidden_dim: Size | None = None
+
+
+@dataclass
+class PrunedModelConfig:
+    """Sizes of the model after pruning, by the names of its settings; null: as before."""
+
+    num_layers: Size | None = None
+    embed_dim: Size | None = None
+    num_heads: Size | None = None
+    attention: PrunedAttentionConfig = field(default_factory=PrunedAttentionConfig)
+    ffn: PrunedFfnConfig = field(default_factory=PrunedFfnConfig)
+
+    def sizes(self) -> dict[str, int | None]:
+        """The sizes by setting: num_layers, attention.num_kv_heads, ..."""
+        own: dict[str, int | None] = {key: getattr(self, key) for key in ("num_layers", "embed_dim", "num_heads")}
+        own |= {f"attention.{key}": size for key, size in vars(self.attention).items()}
+        return own | {f"ffn.{key}": size for key, size in vars(self.ffn).items()}
+
+
+@dataclass
+class DepthConfig:
+    """Which layers stay."""
+
+    importance: Literal["skip", "influence", "mask"] | None = None  # null: mask where importance=mask, else skip
+    layers: list[Count] = field(default_factory=list)  # the numbers of those that stay, from 0; empty: by importance
+    adjacent: Annotated[int, Range(1, most=8)] = 3  # skip: most layers that are skipped together
+    tokens: Size = 4096  # of text that layers are measured on
+
+    def check(self) -> None:
+        """Refuse layers in another order, or twice."""
+        if self.layers != sorted(set(self.layers)):
+            raise ValueError(f"layers ({self.layers}) must be ascending and name each layer once")
+
+
+@dataclass
+class MaskConfig:
+    """How a mask is learned; the weights stay as they are."""
+
+    steps: Size = 400
+    batch_size: Length = 8  # rows a step
+    tokens: Size = 262_144  # of text that it is learned on, seen again where the steps take more
+    lr: Annotated[float, Range(above=0, most=100)] = 1.0  # of the gates and of the multipliers
+    warmup: Annotated[float, Range(least=0, most=1)] = 0.2  # share of the steps in which the model shrinks to its size
+    seed: Count = 1
+
+
+@dataclass
+class PruneConfig(RunConfig):
+    """Keys of the `prune` recipe. `force` here allows a cut of more than a third of the parameters."""
+
+    recipe: str = "prune"
+    name: Annotated[str, PathPart()] = "prune"
+    checkpoint: Text | None = None  # a run, a checkpoint or a model directory
+    device: Text = "auto"
+    dtype: Literal["bf16", "fp32"] | None = None  # of the written weights; null: of the checkpoint's
+    seq_len: Annotated[int, Range(least=2)] | None = None  # tokens a row of text; null: 512, or what the model reads
+    calibration_tokens: Count = 32_768  # of text that importances are measured on
+    test_tokens: Count = 16_384  # of text that the loss is measured on before and after; 0: it is not
+    importance: Literal["l1", "l2", "taylor", "activation", "mask"] = "taylor"  # of neurons, heads, channels, ranks
+    depth: DepthConfig = field(default_factory=DepthConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    model: PrunedModelConfig = field(default_factory=PrunedModelConfig)
+    data: Component | None = None  # text to calibrate and measure on
+
+
 # recipe -> schema; the first field names the recipe.
 SCHEMAS: dict[str, type[Any]] = {
     "pretrain": PretrainConfig,
     "sft": SftConfig,
     "preference": PreferenceConfig,
     "quantize": QuantizeConfig,
+    "prune": PruneConfig,
 }
 
 

@@ -71,7 +71,7 @@ def read_run(directory: Path) -> Run | None:
         config = load_yaml((path / CONFIG).read_text(encoding="utf-8"))
         logged = path / "metrics.jsonl"
         entries = metrics.read(logged) if logged.exists() else []
-        if not logged.exists() and isinstance(config, dict) and config.get("recipe") != "quantize":
+        if not logged.exists() and isinstance(config, dict) and config.get("recipe") not in ("quantize", "prune"):
             _log.warning("%s is missing: the metrics of the run are unknown", logged)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path}: its {CONFIG} or metrics.jsonl cannot be read ({error}).") from error

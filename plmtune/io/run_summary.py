@@ -24,6 +24,7 @@ _log = logging.getLogger(__name__)
 _TAIL = 1 << 20  # bytes at the end of metrics.jsonl in which the newest values are looked for
 _MAX_CONFIG = 1 << 20
 _ENDED = {"running": "is running", "stopped": "was stopped", "failed": "failed", "killed": "was killed"}
+_REPORTING = ("quantize", "prune")  # recipes that train nothing: RECIPE.json has what came of them
 _SHOWN = ("loss", "validation_loss", "bits_per_byte")
 
 
@@ -77,8 +78,8 @@ def summarize(path: Path) -> Summary:
     found.seconds = _seconds(attempts, path, running=found.status == "running")
     found.saved_step = next(reversed(manifest.steps(path / "checkpoints")), None)
     log = path / "metrics.jsonl"
-    if found.recipe == "quantize":
-        values = {"loss": _json(path / "quantize.json").get("loss")}
+    if found.recipe in _REPORTING:
+        values = {"loss": _json(path / f"{found.recipe}.json").get("loss")}
     else:
         values = _newest_values(log)
         if found.saved_step and not log.exists():
@@ -154,7 +155,7 @@ def already_finished(path: Path) -> str:
     """What to say to somebody who resumes a finished run."""
     said = f"{path} is finished: there is nothing to resume."
     recipe = _config(path).get("recipe")
-    if recipe == "quantize":
+    if recipe in _REPORTING:
         return said
     words = [str(word) for word in _json(path / RECORD).get("command") or []]
     own = ("run_dir", "resume", "init_from")

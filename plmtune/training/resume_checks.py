@@ -25,12 +25,13 @@ from plmtune.registry import Component
 # Keys that may change on resume: they say where and how a run computes or reports, not what it learns.
 RESUME_MUTABLE = ("run_dir", "resume", "allow_data_change", "force", "micro_batch_size", "num_workers", "log_every",
         "runtime", "checkpoint", "guard", "validation", "eval", "sample", "logger")  # fmt: skip
-_RESUME_MUTABLE_OF = {"quantize": ("run_dir", "resume", "allow_data_change", "force", "device")}
+_OF_ONE_MODEL = ("run_dir", "resume", "allow_data_change", "force", "device")
+_RESUME_MUTABLE_OF = {"quantize": _OF_ONE_MODEL, "prune": _OF_ONE_MODEL}
 # Keys that say where the data is. Its fingerprints say what it is, and allow_data_change=true lets it change.
 DATA = ("data", "preparation")
 # Keys that a new run fills in from the checkpoint that it starts from.
 _INHERITED = ("init_from", "model", "tokenizer", "seq_len")
-_INHERITED_OF = {"quantize": ("checkpoint", "quantization")}
+_INHERITED_OF = {"quantize": ("checkpoint", "quantization"), "prune": ("checkpoint",)}
 
 
 def _resume_mutable(cfg: RunConfig) -> tuple[str, ...]:

@@ -222,6 +222,10 @@ CONFIGS = [
     ("validate quantize checkpoint=nowhere", "There is no nowhere"),
     ("validate quantize sensitivity.budget=lots", "key sensitivity: budget (lots) must be bytes (80M), or a"),
     ("run demo --dry-run optimizer.lr=-1", "key optimizer: lr (-1.0) must be at least 0"),
+    ("validate prune model.num_layer=3", "key model.num_layer: unknown. Did you mean model.num_layers?"),
+    ("validate prune model=plm_tiny", "model of prune is a section, not a component: give its keys, model.KEY=VALUE"),
+    ("validate prune depth.layers=[2,1]", "key depth: layers ([2, 1]) must be ascending and name each layer once"),
+    ("validate prune importance=l3", "key importance: 'l3' is none of l1, l2, taylor, activation, mask"),
 ]
 
 MODELS_AND_DATA = [
@@ -338,6 +342,18 @@ MODELS_AND_DATA = [
     ("run quantize init_from=m", "(it belongs to pretrain, sft, preference). Did you mean checkpoint?"),
     ("run quantize runtime.device=cpu", "(it belongs to pretrain, sft, preference). Did you mean device or dtype?"),
     ("run quantize model=plm_tiny", "quantize has no key model (it belongs to pretrain"),
+    ("run prune model.num_layers=1", "key checkpoint: nothing to prune. Name a run or a model directory"),
+    (
+        "run prune checkpoint=m",
+        "nothing is to be pruned. Give smaller sizes, as model.num_layers=2. Now: num_layers=1,",
+    ),
+    ("run prune checkpoint=m model.num_heads=3", "key model.num_heads: 3 exceeds the checkpoint's 2"),
+    ("run prune checkpoint=m model.attention.q_lora_rank=4", "q_lora_rank: this model has no such setting"),
+    ("run prune checkpoint=m model.embed_dim=8", "more than a third: importance is measured at the whole model"),
+    ("run prune checkpoint=m model.ffn.hidden_dim=31 seq_len=65", "seq_len: 65 exceeds the model's max_seq_len (64)"),
+    ("run prune checkpoint=m model.ffn.hidden_dim=31 importance=mask mask.steps=3", "cannot be reached in 3 steps"),
+    ("run prune checkpoint=m model.ffn.hidden_dim=31 data=docstrings", "holds conversations; this run takes plain"),
+    ("run prune checkpoint=damaged model.ffn.hidden_dim=31", "damaged/model.safetensors is damaged or not a"),
     ("run demo run_dir=m", "m holds a model (model.safetensors), and a run would overwrite it"),
 ]
 
@@ -389,6 +405,7 @@ MORE = [
 ]
 
 RIGHT = [
+    "run prune checkpoint=m model.ffn.hidden_dim=31 --dry-run",
     "validate demo two.yaml logger=[tensorboard]",
     "validate demo two.yaml logger=[]",
     "validate demo none.yaml",

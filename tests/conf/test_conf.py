@@ -16,7 +16,7 @@ PRESETS = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.rg
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_config_composes_and_builds(name: str) -> None:
     cfg = compose.compose(name)
-    if cfg.recipe == "quantize":
+    if cfg.recipe in ("quantize", "prune"):
         return  # its model is a checkpoint's
     base = "demo" if name.startswith("demo") else "pretrain"  # fine-tuning starts from the newest run
     chosen = cfg.model or compose.compose(base).model

@@ -46,7 +46,7 @@ SHORT = {
     r"run (sft|dpo|aries) data\.paths": _TUNE,
     r"init_from=smollm2": ["phases=[{name: main, steps: 1}]", "epochs=null", "seq_len=64", *_ANY[1:]],
     r"eval\.tasks": ["eval.limit=2", "eval.every=0"],
-    r"run quantize": ["calibration_tokens=512", "test_tokens=512", "seq_len=128"],
+    r"run (quantize|prune)": ["calibration_tokens=512", "test_tokens=512", "seq_len=128"],
     r"^eval (?!--list)": ["--limit", "2", "--unsafe-code", "--max-new-tokens", "8"],
     r"^eval (?!--list)(?!.*--data)": ["--data", "tasks"],
     r"^generate|^chat": ["--max-new-tokens", "8"],

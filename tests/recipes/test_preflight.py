@@ -31,6 +31,10 @@ CONFIGS = {
     "sft": ("sft", SFT),
     "preference": ("dpo", PREFERENCE),
     "quantize": ("quantize", ["checkpoint=base", "data=files", "data.paths=[talk.jsonl]", "seq_len=16"]),
+    "prune": (
+        "prune",
+        ["checkpoint=base", "data=files", "data.paths=[talk.jsonl]", "seq_len=16", "model.ffn.hidden_dim=8"],
+    ),
 }
 TINY = {
     "embed_dim": 8,
@@ -46,8 +50,9 @@ GROUPS = {
     "sft": ("peft", "quantization", "data", "loss"),
     "preference": ("reward", "data", "loss"),
     "quantize": ("quantization", "data"),
+    "prune": ("data",),
 }
-MAKERS = {"pretrain": "Pretrain", "sft": "Sft", "preference": "Preference", "quantize": "Quantize"}
+MAKERS = {"pretrain": "Pretrain", "sft": "Sft", "preference": "Preference", "quantize": "Quantize", "prune": "Prune"}
 
 
 class Begun(Exception):
@@ -253,6 +258,9 @@ class TestMistakes:
             ("quantize", "seq_len", 10**6, 16, "exceeds the model's max_seq_len"),
             ("quantize", "sensitivity.budget", "much", "99%", "must be bytes"),
             ("quantize", "checkpoint", "nowhere", "base", "There is no nowhere"),
+            ("prune", "checkpoint", "nowhere", "base", "There is no nowhere"),
+            ("prune", "model.embed_dim", 10**6, 60, "exceeds the checkpoint's"),
+            ("prune", "depth.layers", [0, 9], [0], "there is no layer 9"),
         ],
     )
     def test_are_refused_by_all_roads(
