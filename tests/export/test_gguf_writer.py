@@ -204,7 +204,7 @@ class TestRefusals:
                 lambda: small(ffn="geglu"),
                 "no architecture with mla, geglu, rms_norm. It has mla, squared",
             ),
-            (lambda: small("gqa", ffn="squared_relu"), "no architecture with gqa, squared_relu"),
+            (lambda: small("gqa", ffn="gelu"), "no architecture with gqa, gelu"),
             (lambda: small(norm="layer_norm"), "no architecture with mla, squared_relu, layer_norm"),
             (lambda: small(tied=False), "plm has no output matrix: its embeddings are tied"),
             (lambda: spoilt(float("nan")), "blk.1.ffn_up.weight holds numbers that are not finite"),

@@ -102,7 +102,7 @@ class TestFiles:
 
 
 def spoilt(change: Callable[[Data], None]) -> Tokenizer:
-    data = json.loads(made(LLAMA2)._json)
+    data = json.loads(made(LLAMA2).as_json)
     change(data)
     return Tokenizer(Library(data, "made"), eos="</s>")
 
