@@ -18,7 +18,7 @@ from plmtune.export import verify as verifying
 from plmtune.export.executorch import SCHEMES, export_pte
 from plmtune.export.gguf_quantize import quantize_gguf
 from plmtune.export.gguf_writer import write_gguf, write_gguf_adapter
-from plmtune.export.huggingface import export_adapter, export_hf
+from plmtune.export.huggingface import export_adapter, export_hf, read_generation
 from plmtune.export.lint import QUANTIZED, WRITTEN, Target, lint
 from plmtune.export.ollama import modelfile
 from plmtune.export.report import Report
@@ -150,7 +150,14 @@ def export(
         with _temporary(path) as temporary:
             if to == "hf":
                 deepseek: Literal["deepseek"] | None = None if as_ is None else "deepseek"
-                notes = export_hf(model, tokenizer, temporary, as_=deepseek, dtype=dtypes.from_name(kind))
+                notes = export_hf(
+                    model,
+                    tokenizer,
+                    temporary,
+                    as_=deepseek,
+                    dtype=dtypes.from_name(kind),
+                    generation=read_generation(source),
+                )
             elif to == "executorch":
                 notes = export_pte(model, tokenizer, temporary, scheme=kind, max_seq_len=context)
             else:

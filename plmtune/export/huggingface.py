@@ -25,6 +25,7 @@ DeepSeek. vLLM's and SGLang's code was read, transformers' was run.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,6 +51,7 @@ from plmtune.tokenizers.chat_template import find_template
 from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.units import show_bytes
 
+GENERATION = "generation_config.json"
 GATE = 4096.0  # a power of two: silu(GATE * h) / GATE is relu(h) but for 3e-8
 _LATENT_EPS = 1e-6
 _EXPERTS_IN_PEFT = ("deepseek_v2", "deepseek_v3")  # dense layers or not: convert_peft_config_for_transformers
@@ -62,6 +64,7 @@ def export_hf(
     *,
     as_: Literal["deepseek"] | None = None,
     dtype: torch.dtype | None = None,
+    generation: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Write a model and its tokenizer as a directory that other programs load; return notes for the user.
 
@@ -71,6 +74,7 @@ def export_hf(
         directory: a new one.
         as_: None: under its own names; else see above.
         dtype: of all numbers; None: the model's.
+        generation: the checkpoint's generation_config.json, whose sampling is kept; token ids are the tokenizer's.
 
     Raises:
         UserError: if the form has no such parts or numbers, something is there already, or the disk has no room.
@@ -108,8 +112,8 @@ def export_hf(
         # transformers' class of Youtu zeroes the row of a pad token after loading it, and ours is one that ends texts.
         no_pad = {"pad_token_id": None} if keys["model_type"] == "youtu" else {}
         save_model(state, keys | ids | no_pad, temporary)
-        write_json(temporary / "generation_config.json", ids)
         tokenizer.save(temporary)
+        write_json(temporary / GENERATION, {**(generation or {}), **ids})
     return notes
 
 
@@ -172,6 +176,11 @@ def export_adapter(source: Path, directory: Path, *, base: Path | None = None) -
         with atomic_write(directory / name) as temporary:
             shutil.copyfile(source / name, temporary)
     return notes
+
+
+def read_generation(source: Path) -> dict[str, Any]:
+    """The keys of a checkpoint's generation_config.json."""
+    return dict(read_json(source, GENERATION)) if (source / GENERATION).is_file() else {}
 
 
 def end_ids(tokenizer: Tokenizer) -> list[int]:

@@ -15,13 +15,11 @@ from typing import Any, Literal
 
 from plmtune.errors import UserError
 from plmtune.export import probe_texts
-from plmtune.export.huggingface import end_ids
-from plmtune.models.checkpoint_files import read_json
+from plmtune.export.huggingface import end_ids, read_generation
 from plmtune.tokenizers.chat_template import ChatTemplate
 from plmtune.tokenizers.message import BadRow, Message
 from plmtune.tokenizers.tokenizer import Tokenizer
 
-GENERATION = "generation_config.json"
 _BASE = "{{ .Prompt }}"
 _IRREGULAR = "What the chat template writes around a message depends on more than its role and place"
 _YEAR = re.compile(r"20\d\d")
@@ -101,8 +99,7 @@ def modelfile(gguf: str, tokenizer: Tokenizer, source: Path) -> tuple[str, list[
     texts = {identity: text for text, identity in tokenizer.specials.items()}
     stops = [texts.get(identity) or tokenizer.decode([identity]) for identity in end_ids(tokenizer)]
     lines += [f"PARAMETER stop {_quoted(stop)}" for stop in stops if stop]
-    settings = read_json(source, GENERATION) if (source / GENERATION).is_file() else {}
-    lines += [f"PARAMETER {key} {value}" for key, value in sampling(settings).items()]
+    lines += [f"PARAMETER {key} {value}" for key, value in sampling(read_generation(source)).items()]
     return "\n".join(lines) + "\n", notes
 
 

@@ -161,6 +161,17 @@ class TestTokenizer:
         ids = json.loads((tmp_path / "out/generation_config.json").read_text())
         assert ids["eos_token_id"] == end_ids(ours) == [ours.eos_id, ours.specials["<|im_end|>"]]
 
+    def test_the_sampling_of_the_checkpoint_is_kept(self, tmp_path: Path) -> None:
+        ours = tokenizer()
+        held = {"do_sample": True, "temperature": 0.6, "eos_token_id": 7}
+        export_hf(small_plm(), ours, tmp_path / "out", generation=held)
+        keys = json.loads((tmp_path / "out/generation_config.json").read_text())
+        assert keys == held | {
+            "bos_token_id": ours.bos_id,
+            "eos_token_id": end_ids(ours),
+            "pad_token_id": ours.eos_id,
+        }
+
 
 class TestAdapters:
     def test_are_copied_with_their_base_named(self, tmp_path: Path) -> None:
