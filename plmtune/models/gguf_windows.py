@@ -57,6 +57,8 @@ def write_windows(config: Config) -> Written:
     keys, more = write_gqa(config, freqs=True, windows=True)
     if window is None or "local" not in layers:  # one layer must have a window
         window, layers = longest, ["local" if kind == "global" else kind for kind in layers]
+    if "local" not in layers:
+        raise UserError("llama.cpp has no architecture of Llama's form in which all layers lack RoPE.")
     keys |= {WINDOW: window, PATTERN: [kind == "local" for kind in layers]}
     keys[_ROPE_PATTERN] = [kind != "nope" for kind in layers]
     keys[_LOGITS] = 1.0

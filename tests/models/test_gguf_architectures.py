@@ -170,6 +170,11 @@ class TestRefusals:
             write_gguf(made(name, tmp_path / "theirs", **changes), few_tokens(), tmp_path / "a.gguf", kind="F32")
         assert not (tmp_path / "a.gguf").exists()
 
+    def test_a_model_without_rope_is_refused(self, tmp_path: Path) -> None:
+        model = made("smollm3", tmp_path / "theirs", no_rope_layers=[0, 0, 0, 0], num_hidden_layers=4)
+        with pytest.raises(UserError, match=r"attention.rope"):
+            write_gguf(model, few_tokens(), tmp_path / "a.gguf", kind="F32")
+
     def test_a_window_as_long_as_the_context_changes_nothing(self, tmp_path: Path) -> None:
         model = made("mistral", tmp_path / "theirs", sliding_window=64)
         write_gguf(model, few_tokens(), tmp_path / "a.gguf", kind="F32")
