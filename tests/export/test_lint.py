@@ -110,8 +110,10 @@ class TestGguf:
         [
             (plm_config(ffn={"component": "geglu", "hidden_dim": 8}), "no architecture with mla, geglu, rms_norm"),
             (
-                llama_config(norm={"component": "layer_norm", "eps": 1e-5}),
-                "with gqa, swiglu, layer_norm",
+                llama_config(
+                    ffn={"component": "geglu", "hidden_dim": 8}, norm={"component": "layer_norm", "eps": 1e-5}
+                ),
+                "with gqa, geglu, layer_norm",
             ),
             (plm_config(tie_embeddings=False), "Use --as deepseek2 or --to hf --as deepseek"),
             (plm_config(attention={"component": "mine"}), "no architecture with mine, squared_relu"),
@@ -141,15 +143,12 @@ class TestOthers:
         assert lint(llama_config(), "hf") == []
 
     def test_hf_lacks_the_same_parts_that_the_export_refuses(self) -> None:
-        turned = llama_config()["attention"] | {"rope_interleaved": True}
-        assert (
-            "no model of gqa, swiglu and rms_norm with attention.rope_interleaved=True. They have plm, llama"
-            in texts(lint(llama_config(attention=turned), "hf"), "refused")
+        capped = llama_config()["attention"] | {"soft_cap": 5.0}
+        assert "no model of gqa, swiglu and rms_norm with attention.soft_cap=5.0. They have plm, llama" in texts(
+            lint(llama_config(attention=capped), "hf"), "refused"
         )
-        squared = {"component": "squared_relu", "hidden_dim": 8}
-        assert "no model of gqa, squared_relu and rms_norm. They" in texts(
-            lint(llama_config(ffn=squared), "hf"), "refused"
-        )
+        gelu = {"component": "gelu", "hidden_dim": 8}
+        assert "no model of gqa, gelu and rms_norm. They" in texts(lint(llama_config(ffn=gelu), "hf"), "refused")
 
     def test_hf_says_which_families_need_their_authors_code(self) -> None:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
