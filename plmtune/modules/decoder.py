@@ -11,12 +11,12 @@ from torch.utils.checkpoint import checkpoint
 
 from plmtune.modules.attention_kernels import mark_for_compile
 from plmtune.modules.cache import Cache, LayerCache, SharedPrefix
+from plmtune.modules.initial_weights import draw_weights
 from plmtune.modules.linear import linear
 from plmtune.modules.norm import autocast_active
 from plmtune.modules.peft import effective_weight
 from plmtune.modules.quantized import Quantized, QuantizedEmbedding, QuantizedLinear
 from plmtune.modules.segments import Segments
-from plmtune.modules.sharding import is_sharded, shard_like
 from plmtune.ranges import WIDTH, Range, check
 
 _NOT_COMPUTED = ("training", "activation_checkpointing")
@@ -185,28 +185,13 @@ class Decoder(nn.Module):
         """Allocate weights that were on the meta device; as torch's own, which imports sympy: half a CPU second."""
         return self._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device), recurse=recurse)
 
-    @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw all matrices from N(0, init_std); set norms to factors of 1 and biases to 0.
 
         With a generator the numbers are the same for any number of processes: each draws whole matrices, one
         at a time, and keeps its shard.
         """
-        offsets = {f"{name}.weight" for name, module in self.named_modules() if getattr(module, "unit_offset", False)}
-        for name, parameter in self.named_parameters():
-            if parameter.is_meta:
-                continue
-            if parameter.ndim < 2:
-                parameter.fill_(0.0 if name.endswith("bias") or name in offsets else 1.0)
-            elif generator is None and not is_sharded(parameter):
-                parameter.normal_(0.0, self.init_std)
-            else:
-                device = generator.device if generator is not None else parameter.device
-                whole = torch.empty(parameter.shape, dtype=torch.float32, device=device)
-                whole.normal_(0.0, self.init_std, generator=generator)
-                if is_sharded(parameter):
-                    whole = shard_like(whole, parameter)
-                parameter.copy_(whole)
+        draw_weights(self, self.init_std, generator)
 
     def computation(self) -> dict[str, Any]:
         """What decides a result besides the weights' numbers: each module's class, settings and shapes."""

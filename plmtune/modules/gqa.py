@@ -13,6 +13,7 @@ from plmtune.modules.cache import LayerCache
 from plmtune.modules.linear import Linear
 from plmtune.modules.rope import RotaryEmbedding
 from plmtune.modules.segments import Segments
+from plmtune.modules.shortcut import add_shortcut
 from plmtune.ranges import WIDTH, Range, check
 from plmtune.registry import Component, component, register
 
@@ -51,6 +52,7 @@ class GroupedQueryAttention(nn.Module):
             KV head, after nanochat (`value_embeds`; modded-nanogpt's gate has this range). In a model the last layer
             and each value_embed-th one before it have it (2: alternate layers); None: none. The decoder holds the
             tables e.
+        shortcut: beside attention, from its input.
 
     Attributes:
         value_embed_width: numbers of a token's e; 0: the layer has none.
@@ -80,6 +82,7 @@ class GroupedQueryAttention(nn.Module):
         soft_cap: float | None = None,
         scale: float | None = None,
         value_embed: int | None = None,
+        shortcut: Component = component("shortcut", "none"),  # noqa: B008
     ) -> None:
         super().__init__()
         check(WIDTH, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, window=window)
@@ -112,6 +115,7 @@ class GroupedQueryAttention(nn.Module):
         if value_embed is not None:
             # No layer of its own: too small for adapters and integers.
             self.value_gate = nn.Parameter(torch.empty(num_kv_heads, min(_GATE_WIDTH, embed_dim)))
+        self.shortcut: nn.Module | None = shortcut(embed_dim=embed_dim)
         self.rope: RotaryEmbedding | None = None
         if rope:
             self.rope = RotaryEmbedding(
@@ -140,6 +144,16 @@ class GroupedQueryAttention(nn.Module):
         Args:
             value (Tensor | None): the tokens' value embeddings, [b, s, value_embed_width], where the layer has them.
         """
+        return add_shortcut(self._attend(x, mask, input_pos, cache, value), x, self.shortcut)
+
+    def _attend(
+        self,
+        x: Tensor,
+        mask: Tensor | Segments | None,
+        input_pos: Tensor | None,
+        cache: LayerCache | None,
+        value: Tensor | None,
+    ) -> Tensor:
         b, s, _ = x.shape
         start = cache.start if cache else 0
         q, k, v = (proj(x).view(b, s, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))

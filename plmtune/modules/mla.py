@@ -14,6 +14,7 @@ from plmtune.modules.linear import Linear
 from plmtune.modules.peft import effective_weight
 from plmtune.modules.rope import RotaryEmbedding
 from plmtune.modules.segments import Segments
+from plmtune.modules.shortcut import add_shortcut
 from plmtune.ranges import TINY, WIDTH, check
 from plmtune.registry import Component, component, register
 
@@ -40,6 +41,7 @@ class MultiHeadLatentAttention(nn.Module):
         rope_scaling: of RoPE's frequencies, for long contexts.
         q_lora_rank: width of the latent that queries are projected from; None: from the hidden state.
         latent_eps: eps of the latents' norms; None: as the layers' norms.
+        shortcut: beside attention, from its input.
 
     Raises:
         ValueError: for a width below 1, an odd rope width, or values wider than queries.
@@ -61,6 +63,7 @@ class MultiHeadLatentAttention(nn.Module):
         rope_scaling: Component = component("rope_scaling", "none"),  # noqa: B008
         q_lora_rank: int | None = None,
         latent_eps: float | None = None,
+        shortcut: Component = component("shortcut", "none"),  # noqa: B008
     ) -> None:
         super().__init__()
         check(TINY, latent_eps=latent_eps)
@@ -95,6 +98,7 @@ class MultiHeadLatentAttention(nn.Module):
         if latent_eps is not None:
             for latent_norm in (self.kv_a_norm, *([] if q_lora_rank is None else [self.q_a_norm])):
                 latent_norm.eps = latent_eps  # type: ignore[assignment]
+        self.shortcut: nn.Module | None = shortcut(embed_dim=embed_dim)
         scaling = rope_scaling()
         self.scale = qk_head_dim**-0.5 * (scaling.softmax_factor if scaling is not None else 1.0)
         self.rope = RotaryEmbedding(
@@ -119,6 +123,11 @@ class MultiHeadLatentAttention(nn.Module):
         cache: LayerCache | None = None,
     ) -> Tensor:
         """Attend from x (Tensor), hidden states, [b, s, d]; the other arguments are `Decoder.forward`'s."""
+        return add_shortcut(self._attend(x, mask, input_pos, cache), x, self.shortcut)
+
+    def _attend(
+        self, x: Tensor, mask: Tensor | Segments | None, input_pos: Tensor | None, cache: LayerCache | None
+    ) -> Tensor:
         b, s, _ = x.shape
         start = cache.start if cache else 0
         # -1 rather than num_heads: under tensor parallelism each process has a share of the heads.

@@ -82,7 +82,7 @@ class _BoundModel(TensorRefs):
     def layer(self, struct: Layer, layer: Any) -> None:
         attention, ffn = layer.attention, layer.ffn
         require(layer.post_attention_norm is None and layer.residual_scale == 1)
-        require(getattr(attention, "q_lora_rank", None) is None)
+        require(getattr(attention, "q_lora_rank", None) is attention.shortcut is None)
         struct.attention_norm, struct.attention_eps = self.norm(layer.attention_norm)
         struct.ffn_norm, struct.ffn_eps = self.norm(layer.ffn_norm)
         struct.q, struct.o = self.matrix(attention.q_proj), self.matrix(attention.o_proj)

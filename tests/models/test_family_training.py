@@ -1,6 +1,6 @@
 """Every family is trained, adapted and quantized: two steps each, on tiny checkpoints that transformers made.
 
-One more has value embeddings, which no family has.
+Two more have parts that no family has: value embeddings, and a series activation with augmented shortcuts.
 """
 
 from __future__ import annotations
@@ -28,9 +28,16 @@ from plmtune.registry import component
 ONE_EACH = {model_type: name for name, (model_type, _) in reversed(FAMILIES.items())}.values()
 
 
-def make_valued(directory: Path) -> None:
-    attention = component("attention", "gqa", num_kv_heads=2, value_embed=2)
-    ffn = component("ffn", "swiglu", hidden_dim=72)
+OWN = {
+    "pangu-pi": ({"shortcut": component("shortcut", "augmented", reduction=8)}, "siaf"),
+    "value embeddings": ({"value_embed": 2}, "swiglu"),
+}
+
+
+def make_own(name: str, directory: Path) -> None:
+    settings, kind = OWN[name]
+    attention = component("attention", "gqa", num_kv_heads=2, **settings)
+    ffn = component("ffn", kind, hidden_dim=72)
     torch.manual_seed(0)
     model = llama(101, attention=attention, ffn=ffn, embed_dim=48, num_layers=3, num_heads=6, max_seq_len=64)
     model.init_std = 0.2  # as of the others
@@ -38,12 +45,12 @@ def make_valued(directory: Path) -> None:
     save_model(model, None, directory)
 
 
-@pytest.fixture(params=[*sorted(ONE_EACH), "value embeddings"])
+@pytest.fixture(params=[*sorted(ONE_EACH), *OWN])
 def family(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     if request.param in FAMILIES:
         make(request.param, tmp_path / "made")
     else:
-        make_valued(tmp_path / "made")
+        make_own(request.param, tmp_path / "made")
     return tmp_path / "made"
 
 

@@ -177,6 +177,7 @@ class TestConfig:
             "rope_scaling": {"component": "none"},
             "q_lora_rank": None,
             "latent_eps": None,
+            "shortcut": {"component": "none"},
         }
         assert config["norm"] == {"component": "rms_norm", "eps": 1e-6, "unit_offset": False}
 

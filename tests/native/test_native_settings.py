@@ -33,6 +33,7 @@ _GQA: dict[str, Any] = {
     "soft_cap": 2.0,
     "scale": 0.9,
     "value_embed": 1,
+    "shortcut": component("shortcut", "augmented", reduction=8),
 }
 _MLA: dict[str, Any] = {
     "kv_lora_rank": 28,
@@ -44,6 +45,7 @@ _MLA: dict[str, Any] = {
     "rope_scaling": component("rope_scaling", "linear", factor=3.0),
     "q_lora_rank": 24,
     "latent_eps": 0.5,
+    "shortcut": component("shortcut", "augmented", reduction=8),
 }
 _YARN = {"factor": 4.0, "original_max_seq_len": 16}
 _LONG = {"short_factor": _DIVISORS, "long_factor": [9.0, 5.0, 3.0, 2.0], "original_max_seq_len": 8}
@@ -55,6 +57,7 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     ("ffn", "swiglu"): {"hidden_dim": 100},
     ("ffn", "geglu"): {"hidden_dim": 100},
     ("ffn", "gelu"): {"hidden_dim": 100, "bias": False, "approximate": "none"},
+    ("ffn", "siaf"): {"hidden_dim": 100, "num_terms": 3, "base": "squared_relu"},
     ("norm", "rms_norm"): {"eps": 0.5, "unit_offset": True},
     ("norm", "layer_norm"): {"eps": 0.5},
     ("rope_scaling", "none"): {},
@@ -91,9 +94,14 @@ DECODER: dict[str, Any] = {
 }
 # What decode.c does not compute; all else it must compute.
 NOT_NATIVE = {
-    *(f"attention.gqa.{key}" for key in ("qk_norm", "rope", "rope_dim", "window", "soft_cap", "value_embed")),
+    *(
+        f"attention.gqa.{key}"
+        for key in ("qk_norm", "rope", "rope_dim", "window", "soft_cap", "value_embed", "shortcut")
+    ),
     "attention.mla.q_lora_rank",
+    "attention.mla.shortcut",
     *("ffn.geglu", "ffn.geglu.hidden_dim", "ffn.gelu", "ffn.gelu.hidden_dim", "ffn.gelu.bias", "ffn.gelu.approximate"),
+    *("ffn.siaf", "ffn.siaf.hidden_dim", "ffn.siaf.num_terms", "ffn.siaf.base"),
     *("norm.rms_norm.unit_offset", "norm.layer_norm", "norm.layer_norm.eps"),
     *("rope_scaling.dynamic", "rope_scaling.dynamic.factor", "rope_scaling.dynamic.original_max_seq_len"),
     *(f"rope_scaling.longrope.{key}" for key in SETTINGS["rope_scaling", "longrope"]),
