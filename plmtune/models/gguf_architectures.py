@@ -165,7 +165,7 @@ def _read_phi3(keys: Metadata) -> dict[str, Any]:
 
 
 def _write_phi3(config: Config) -> Written:
-    return write_gqa(config, factors=True)
+    return write_square_gqa(config, factors=True)
 
 
 def _read_minicpm(keys: Metadata) -> dict[str, Any]:

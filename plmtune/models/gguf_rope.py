@@ -176,8 +176,10 @@ def write_latent_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
 def read_latent_scaling(keys: Metadata, width: int, theta: float, longest: int) -> dict[str, Any]:
     """The inverse of `write_latent_scaling`; arguments as for `read_scaling`."""
     found = read_scaling(keys, width, theta, longest)
-    if found["component"] != "yarn":
+    if found["component"] == "none":
         return found
+    if found["component"] != "yarn":  # deepseek2's graph divides cos and sin of any scaling as YaRN needs it
+        raise keys.refuse("rope.scaling.type")
     log = math.log(max(found["factor"], 1))
     if not keys.has(_LOG) or log == 0:
         raise keys.refuse("rope.scaling.type")

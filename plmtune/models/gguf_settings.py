@@ -109,14 +109,14 @@ def write_gqa(config: Config, *, freqs: bool = False, factors: bool = False, win
     return keys | scaling, more
 
 
-def write_square_gqa(config: Config) -> Written:
+def write_square_gqa(config: Config, *, factors: bool = False) -> Written:
     width = config["num_heads"] * (config["attention"]["head_dim"] or config["embed_dim"] // config["num_heads"])
     if width != config["embed_dim"]:
         raise UserError(
             f"llama.cpp takes a model {config['component']} with heads as wide as embed_dim ({config['embed_dim']}) in "
             f"all, not {width}."
         )
-    return write_gqa(config)
+    return write_gqa(config, factors=factors)
 
 
 def read_biases(keys: Metadata) -> dict[str, bool]:

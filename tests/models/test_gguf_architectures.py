@@ -170,6 +170,22 @@ class TestRefusals:
             write_gguf(made(name, tmp_path / "theirs", **changes), few_tokens(), tmp_path / "a.gguf", kind="F32")
         assert not (tmp_path / "a.gguf").exists()
 
+    @pytest.mark.parametrize(
+        ("name", "changes"),
+        [
+            ("deepseek_v3", {**FAMILIES["deepseek_v3"][1], "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+            (
+                "llama",
+                {**FAMILIES["phi3-longrope"][1], "head_dim": 8, "num_attention_heads": 3, "num_key_value_heads": 1},
+            ),
+        ],
+    )
+    def test_scaling_that_an_architecture_computes_otherwise_is_refused(
+        self, name: str, changes: dict[str, Any], tmp_path: Path
+    ) -> None:
+        with pytest.raises(UserError, match=r"rope.scaling"):
+            write_gguf(made(name, tmp_path / "theirs", **changes), few_tokens(), tmp_path / "a.gguf", kind="F32")
+
     def test_a_model_without_rope_is_refused(self, tmp_path: Path) -> None:
         model = made("smollm3", tmp_path / "theirs", no_rope_layers=[0, 0, 0, 0], num_hidden_layers=4)
         with pytest.raises(UserError, match=r"attention.rope"):
