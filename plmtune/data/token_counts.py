@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
-import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,32 +19,15 @@ from plmtune.data.shards import Shards, Split
 from plmtune.data.sources import Source
 from plmtune.data.text_files import files
 from plmtune.errors import UserError
-from plmtune.io.provenance import num_cores
 from plmtune.io.terminal import Progress
 from plmtune.tokenizers.chat_template import ChatTemplate, find_template
-from plmtune.tokenizers.message import BadRow, Message
-from plmtune.tokenizers.tokenizer import Tokenizer
+from plmtune.tokenizers.message import BadRow
+from plmtune.tokenizers.tokenizer import Ids, Tokenizer
 from plmtune.units import show_number_of
 
-_CONVERSATIONS = 256  # of a task
+_CONVERSATIONS = 256  # rendered and encoded at once
 _TOKENS = 1 << 22  # of shards, counted at once
 _REMEDY = "Correct them, or leave such rows out: --skip-bad"
-
-
-class _Task(NamedTuple):
-    """What one process encodes at a time."""
-
-    texts: Sequence[str] = ()
-    conversations: Sequence[tuple[str, Sequence[Message]]] = ()  # each with its place
-
-
-class _Counted(NamedTuple):
-    """The ids that occur in a task, how often each does, and conversations that the template does not render."""
-
-    ids: NDArray[np.int64]
-    counts: NDArray[np.int64]
-    characters: int
-    refused: Refused
 
 
 @dataclass
@@ -134,14 +112,11 @@ def _holds_conversations(path: Path, text_key: str, encoding: str) -> bool:
     return True
 
 
-def count_tokens(
-    data: Data, *, skip_bad: bool = False, processes: int | None = None, progress: bool = True
-) -> TokenCounts:
+def count_tokens(data: Data, *, skip_bad: bool = False, progress: bool = True) -> TokenCounts:
     """Count the tokens of data, a part of it in memory at a time.
 
     Args:
         skip_bad: leave out and count rows that cannot be read.
-        processes: that encode; None: as many as there are cores.
 
     Raises:
         UserError: for what cannot be read, and for data without a token.
@@ -154,10 +129,10 @@ def count_tokens(
                 for ids in _parts(split):
                     total.counts += np.bincount(ids, minlength=total.counts.size)
                     line.update(f"{total.tokens / 1e6:.1f} million tokens counted", f"{shards.directory}")
-        for found in _mapped(data, _tasks(data, skip_bad), processes):
-            total.counts[found.ids] += found.counts
-            characters += found.characters
-            refused.merge(found.refused)
+        for read, found in _encoded(data, skip_bad, refused):
+            ids = np.concatenate([np.empty(0, np.uint32), *found])
+            total.counts += np.bincount(ids, minlength=total.counts.size)
+            characters += read
             line.update(
                 f"{total.tokens / 1e6:.1f} million tokens counted", f"{characters / 1e6:.1f} million characters"
             )
@@ -178,72 +153,22 @@ def _parts(split: Split) -> Iterator[NDArray[np.int64]]:
         yield split.read(start, start + _TOKENS)
 
 
-def _tasks(data: Data, skip_bad: bool) -> Iterator[_Task]:
+def _encoded(data: Data, skip_bad: bool, refused: Refused) -> Iterator[tuple[int, list[Ids]]]:
+    """Characters and ids of text and rendered conversations, a part at a time; `refused` gets what does not render."""
     if data.text is not None:
         pieces = chain.from_iterable(data.text.pieces(skip_bad))
         # Documents are cut where the tokenizer cuts, so that the ids are those of whole documents.
         for group in groups((("train", *piece) for piece in pieces), data.tokenizer):
-            yield _Task(texts=[piece.text for piece in group])
+            texts = [piece.text for piece in group]
+            yield sum(map(len, texts)), data.tokenizer.encode_batch(texts)
     for source in data.conversations:
+        assert data.template is not None
         read = iter(source.conversations(skip_bad=True))
         while chunk := list(islice(read, _CONVERSATIONS)):
-            yield _Task(conversations=[(held.place, held.messages) for held in chunk])
-
-
-def _mapped(data: Data, tasks: Iterable[_Task], processes: int | None) -> Iterator[_Counted]:
-    """Count tasks in forked processes, which share the tokenizer; a single task, or where there is no fork, here."""
-    count: Callable[[_Task], _Counted] = _Counter(data.tokenizer, data.template)
-    remaining = iter(tasks)
-    first = list(islice(remaining, 2))
-    number = num_cores() if processes is None else processes
-    if len(first) < 2 or number < 2 or sys.platform != "linux":
-        yield from map(count, chain(first, remaining))
-        return
-    global _counter
-    _counter = count
-    context = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(number, mp_context=context, initializer=_ignore_interrupts)
-    waiting: deque[Future[_Counted]] = deque()
-    try:
-        for task in chain(first, remaining):
-            waiting.append(pool.submit(_count, task))
-            if len(waiting) > 2 * number:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        _counter = None
-
-
-class _Counter:
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
-        self._tokenizer, self._template = tokenizer, template
-
-    def __call__(self, task: _Task, threads: int | None = None) -> _Counted:
-        refused, rendered = Refused(), []
-        for place, messages in task.conversations:
-            assert self._template is not None
-            try:
-                rendered.append(self._template.render(messages))
-            except BadRow as error:
-                refused.add(place, error)
-        found = [
-            *self._tokenizer.encode_batch(task.texts, threads=threads),
-            *self._tokenizer.encode_batch(rendered, specials=True, threads=threads),
-        ]
-        counts = np.bincount(np.concatenate([np.empty(0, np.uint32), *found]), minlength=1)
-        ids = np.flatnonzero(counts)
-        return _Counted(ids, counts[ids], sum(map(len, (*task.texts, *rendered))), refused)
-
-
-_counter: Any = None  # of the forked processes
-
-
-def _ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
-
-
-def _count(task: _Task) -> _Counted:
-    found: _Counted = _counter(task, threads=1)
-    return found
+            texts = []
+            for held in chunk:
+                try:
+                    texts.append(data.template.render(held.messages))
+                except BadRow as error:
+                    refused.add(held.place, error)
+            yield sum(map(len, texts)), data.tokenizer.encode_batch(texts, specials=True)

@@ -35,13 +35,10 @@ def keep_rows(model: Decoder, ids: Sequence[int]) -> None:
 
     Raises:
         UserError: if the model is quantized.
-        ValueError: for an id without a row.
     """
     if is_quantized(model):
         raise UserError("A quantized model's rows cannot be gathered: compress the checkpoint that was quantized.")
     old = model.vocab_size
-    if wrong := next((identity for identity in ids if not 0 <= identity < old), None):
-        raise ValueError(f"id {wrong} is outside of the model's {old} rows")
     rows = torch.tensor(ids, device=model.device)
     for name, wanted in _build(model.config, len(ids), "the model's config").named_parameters():
         path, _, leaf = name.rpartition(".")

@@ -57,16 +57,11 @@ class Order:
         """The largest size, rounded down to a multiple of 64, whose rows are at most this share of a model.
 
         Args:
+            share: at least that of the tokens that always stay.
             row: parameters of a token in the embedding and the head.
             others: parameters of all else.
-
-        Raises:
-            ValueError: if the tokens that always stay have a larger share.
         """
         size = int(share * others / (row * (1 - share)) + 1e-9)
-        if size < self.least:
-            least = embedding_share(self.least, row, others)
-            raise ValueError(f"the {self.least:,} tokens that always stay have {least:.1%} of the parameters")
         return max(self.least, size // _MULTIPLE * _MULTIPLE)
 
 
@@ -137,25 +132,8 @@ class Compressor:
         return Order(ids, counts[ids].astype(np.int64), len(self.always))
 
     def compress(self, kept: Collection[int]) -> Tokenizer:
-        """Return the tokenizer of the kept ids, which get new ids in the order of the old ones.
-
-        Raises:
-            ValueError: if the kept ids lack tokens that always stay, or parts of kept tokens.
-        """
+        """Return the tokenizer of the first ids of an `Order`, which get new ids in the order of the old ones."""
         chosen = set(kept)
-        if strange := chosen - self._known:
-            raise ValueError(f"{len(strange)} of the kept ids are no tokens, the first is {min(strange)}")
-        if lacking := [identity for identity in self.always if identity not in chosen]:
-            pieces = self.tokenizer.vocabulary.pieces
-            raise ValueError(
-                f"the kept ids lack {len(lacking)} of {len(self.always)} tokens that always stay ({self.num_bytes} "
-                f"single bytes and the special tokens), the first is {lacking[0]}, {pieces[lacking[0]]!r}: text "
-                "would be lost"
-            )
-        fixed = set(self.always)
-        open_ones = [i for i in chosen - fixed if not chosen.issuperset(self._parts(i) or ())]
-        if open_ones:
-            raise ValueError(f"{len(open_ones)} of the kept ids lack a part that they are joined from")
         old = [*sorted(i for i in chosen if i in self._text), *sorted(i for i in chosen if i not in self._text)]
         new = {identity: at for at, identity in enumerate(old)}
         made = self.tokenizer

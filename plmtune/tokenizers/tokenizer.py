@@ -179,8 +179,8 @@ class Tokenizer:
             return list(ids)
         return [*self.first_ids, *ids]
 
-    def encode_batch(self, texts: Sequence[str], *, specials: bool = False, threads: int | None = None) -> list[Ids]:
-        """Return the ids of each text, as `encode`, on all cores or by so many threads."""
+    def encode_batch(self, texts: Sequence[str], *, specials: bool = False) -> list[Ids]:
+        """Return the ids of each text, as `encode`, on all cores."""
         # Tasks of about equal length: several small texts, or a part of a large one.
         tasks: list[list[tuple[int, str]]] = [[]]
         room = _TASK_CHARS
@@ -195,11 +195,11 @@ class Tokenizer:
         def encode(task: list[tuple[int, str]]) -> list[Ids]:
             return self._encode_all([text for _, text in task], specials)
 
-        if len(tasks) == 1 or threads == 1:
-            done = [encode(task) for task in tasks]
+        if len(tasks) == 1:
+            done = [encode(tasks[0])]
         else:
             # A new pool for each call, because threads do not survive a fork. Both engines release the GIL.
-            with ThreadPoolExecutor(min(len(tasks), threads or num_cores())) as pool:
+            with ThreadPoolExecutor(min(len(tasks), num_cores())) as pool:
                 done = list(pool.map(encode, tasks))
         parts: list[list[Ids]] = [[] for _ in texts]
         for task, results in zip(tasks, done, strict=True):

@@ -1,4 +1,4 @@
-"""Counts of tokens in text, rows, conversations and shards, by any number of processes."""
+"""Counts of tokens in text, rows, conversations and shards."""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from plmtune.data.token_counts import count_tokens, find_data
 from plmtune.errors import UserError
 from plmtune.tokenizers.chat_template import find_template
 from plmtune.tokenizers.message import Message
-from plmtune.tokenizers.tokenizer_files import bundled, byte
+from plmtune.tokenizers.tokenizer_files import bundled
 
 TOKENIZER = bundled()
 TEXTS = [f"def f{n}(x):\n    return x + {n}\n\nYou are {n} cats, 你好 and a naïve café.\n" * 7 for n in range(20)]
@@ -38,10 +38,10 @@ def naive_chats() -> Any:
     return naive([template.render([Message(*turn) for turn in chat]) for chat in CHATS], specials=True)
 
 
-def count(*paths: Path, processes: int = 1, **how: Any) -> Any:
+def count(*paths: Path, **how: Any) -> Any:
     reading = {name: how.pop(name) for name in ("text_key", "separator", "format") if name in how}
     data = find_data([str(path) for path in paths], TOKENIZER, **reading)
-    return count_tokens(data, processes=processes, progress=False, **how).counts
+    return count_tokens(data, progress=False, **how).counts
 
 
 @pytest.fixture
@@ -61,9 +61,8 @@ def chats(tmp_path: Path) -> Path:
 
 
 class TestCounts:
-    @pytest.mark.parametrize("processes", [1, 2])
-    def test_equal_those_of_whole_documents(self, processes: int, texts: Path, small_groups: None) -> None:
-        assert (count(texts, processes=processes) == naive(["".join(TEXTS)])).all()
+    def test_equal_those_of_whole_documents(self, texts: Path, small_groups: None) -> None:
+        assert (count(texts) == naive(["".join(TEXTS)])).all()
 
     def test_of_a_folder_and_of_rows_add_up(self, texts: Path, tmp_path: Path, small_groups: None) -> None:
         rows = tmp_path / "rows.jsonl"
@@ -71,11 +70,8 @@ class TestCounts:
         found = count(texts.parent, rows, text_key="body")
         assert (found == naive(["".join(TEXTS)]) + naive(TEXTS)).all()
 
-    @pytest.mark.parametrize("processes", [1, 2])
-    def test_of_conversations_are_those_of_the_rendered_text(
-        self, processes: int, chats: Path, small_groups: None
-    ) -> None:
-        found = count(chats, processes=processes)
+    def test_of_conversations_are_those_of_the_rendered_text(self, chats: Path, small_groups: None) -> None:
+        found = count(chats)
         assert (found == naive_chats()).all()
         assert found[TOKENIZER.specials["<|im_end|>"]] >= 2 * len(CHATS)
 
@@ -90,18 +86,6 @@ class TestCounts:
 
 
 class TestMistakes:
-    def test_text_of_white_space_alone_is_none(self, tmp_path: Path) -> None:
-        path = tmp_path / "a.txt"
-        path.write_text("  \n\n ")
-        with pytest.raises(UserError, match=r"a\.txt: there is no text to count"):
-            count(path)
-
-    def test_an_empty_file_is_named(self, tmp_path: Path) -> None:
-        for name in ("a.txt", "a.jsonl"):
-            (tmp_path / name).write_text("")
-            with pytest.raises(UserError, match=rf"{name} is empty"):
-                count(tmp_path / name)
-
     def test_no_data_is_said(self) -> None:
         with pytest.raises(UserError, match="Name the data to count"):
             count()
@@ -120,12 +104,3 @@ class TestMistakes:
         assert (count(chats, skip_bad=True) == naive_chats()).all()
         data = find_data([str(chats)], TOKENIZER)
         assert count_tokens(data, skip_bad=True, progress=False).notes == ["1 bad row left out"]
-
-    def test_shards_of_another_tokenizer_are_refused(self, texts: Path, tmp_path: Path) -> None:
-        made = prepare.prepare(files((str(texts),)), byte(), tmp_path / "shards", progress=False)
-        with pytest.raises(UserError, match="was made by another tokenizer"):
-            count(made)
-
-    def test_conversations_need_a_template(self, chats: Path) -> None:
-        with pytest.raises(UserError, match="has no chat template"):
-            find_data([str(chats)], byte())

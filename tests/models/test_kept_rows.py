@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from plmtune.errors import UserError
 from plmtune.models.hf import load_model, save_model
 from plmtune.models.hf_config import read_model_config
-from plmtune.models.kept_rows import keep_rows, named_ids, refuse_sequences, renumbered, row_parameters
+from plmtune.models.kept_rows import keep_rows, named_ids, renumbered, row_parameters
 from plmtune.modules.quantized import Format, install
 
 KEPT = [0, 1, 2, 5, 7, 8, 40, 41, 77, 100]
@@ -55,11 +55,6 @@ def test_transformers_reads_the_result(name: str, tmp_path: Path) -> None:
 
 
 class TestMistakes:
-    def test_ids_without_a_row_are_refused(self, tmp_path: Path) -> None:
-        make("llama", tmp_path)
-        with pytest.raises(ValueError, match="id 101 is outside of the model's 101 rows"):
-            keep_rows(load_model(tmp_path), [0, 101])
-
     def test_a_quantized_model_is_refused(self, tmp_path: Path) -> None:
         make("llama", tmp_path)
         model = load_model(tmp_path)
@@ -82,8 +77,3 @@ class TestIds:
             "pad_token_id": None,
             "suppress_tokens": [0],
         }
-
-    def test_sequences_of_tokens_are_refused(self) -> None:
-        refuse_sequences({"bad_words_ids": None}, Path("generation_config.json"))
-        with pytest.raises(UserError, match=r"generation_config\.json, key bad_words_ids: it names sequences"):
-            refuse_sequences({"bad_words_ids": [[3, 4]]}, Path("generation_config.json"))
