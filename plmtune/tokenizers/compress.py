@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from plmtune.tokenizers.kept_ids import KeptIds
 from plmtune.tokenizers.tokenizer import Tokenizer
-from plmtune.tokenizers.tokenizer_files import engine, load_tokenizer
+from plmtune.tokenizers.tokenizer_files import engine
 from plmtune.tokenizers.tokenizer_json import NEVER_IN_UTF8, byte_chars
 
 _MULTIPLE = 64  # of sizes that a rule chooses, for matrix products
@@ -257,17 +256,3 @@ def _replaced(data: dict[str, Any]) -> set[str]:
         found += str(step.get("replacement", "")) if step.get("type") == "Metaspace" else ""
         found += str(form.get("String", "")) if step.get("type") == "Replace" and isinstance(form, dict) else ""
     return set(found)
-
-
-def kept_ids(tokenizer: Tokenizer | Path, original_fingerprint: str) -> list[int] | None:
-    """Return the ids that a compressed tokenizer's tokens have in the tokenizer that it was compressed from.
-
-    Args:
-        tokenizer: the compressed one, or its directory.
-        original_fingerprint: of the other one, which may be several compressions away.
-
-    Returns:
-        the original id of each new one; None if it was not compressed from that tokenizer.
-    """
-    found = load_tokenizer(tokenizer) if isinstance(tokenizer, Path) else tokenizer
-    return next((list(one.ids) for one in found.kept if one.original == original_fingerprint), None)

@@ -13,7 +13,6 @@ import plmtune
 from plmtune.models.hf import load_model, save_model
 from plmtune.models.plm import plm
 from plmtune.registry import component
-from plmtune.tokenizers.compress import kept_ids
 from plmtune.tokenizers.tokenizer_files import bundled, load_tokenizer
 
 Command = Callable[..., tuple[int, str, str]]
@@ -72,8 +71,9 @@ class TestCompress:
 
         small, tokenizer = plmtune.load(out, "cpu")
         whole = load_tokenizer(model)
-        ids = kept_ids(tokenizer, whole.fingerprint)
-        assert ids is not None and len(ids) == tokenizer.vocab_size == small.vocab_size == 448
+        (kept,) = tokenizer.kept
+        ids = list(kept.ids)
+        assert kept.original == whole.fingerprint and len(ids) == tokenizer.vocab_size == small.vocab_size == 448
         read = torch.tensor([tokenizer.encode("def f(self):")])
         with torch.no_grad():
             before = load_model(model)(torch.tensor(ids)[read])
@@ -92,7 +92,7 @@ class TestCompress:
         code, printed, _ = compress("bundled", text, "--coverage", 0.9, "--out", tmp_path / "made")
         assert code == 0 and "embedding" not in printed
         made = load_tokenizer(tmp_path / "made")
-        assert made.num_tokens % 64 == 0 and kept_ids(made, bundled().fingerprint)
+        assert made.num_tokens % 64 == 0 and made.kept[0].original == bundled().fingerprint
         written = text.read_text()
         assert made.decode(made.encode(written)) == written
 

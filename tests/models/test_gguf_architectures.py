@@ -197,9 +197,9 @@ class TestRefusals:
         torch.testing.assert_close(in_llama_cpp(tmp_path / "a.gguf"), expected(model)[-1], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["phi3", "phi4-mini", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "phi3", "phi4-mini", "gpt2"])
 @torch.no_grad()
-def test_a_converted_file_has_the_fused_matrices_of_its_family(name: str, tmp_path: Path) -> None:
+def test_a_converted_file_is_read_by_transformers(name: str, tmp_path: Path) -> None:
     model = made(name, tmp_path / "theirs")
     write_gguf(model, few_tokens(), tmp_path / "a.gguf", kind="F32")
     convert(tmp_path / "a.gguf", tmp_path / "out")
