@@ -27,6 +27,7 @@ from plmtune.training import launcher
 from plmtune.training import preflight as checks
 from plmtune.training.checkpoint import Checkpoints
 from plmtune.training.determinism import measure_cost
+from plmtune.training.ema import Ema
 from plmtune.training.guard import Guard, handle_skip
 from plmtune.training.init_from import check_finite, find_init_checkpoint
 from plmtune.training.monitor import is_due, learning_rates
@@ -39,7 +40,7 @@ from plmtune.training.teacher import TERMS
 from plmtune.training.trainer_state import TrainerState, best_checkpoint_notes, load_optimizer_state
 
 CONFIG = "pretrain"  # conf/pretrain.yaml
-METRICS = ("validation_loss", "bits_per_byte", r"sparsity/\d+")  # of a validation, as patterns
+METRICS = ("validation_loss", "ema_validation_loss", "bits_per_byte", r"sparsity/\d+")  # of a validation, as patterns
 
 
 def plan(cfg: Config, runtime: Runtime, *, fetch: bool = False) -> TrainingPlan:
@@ -102,7 +103,9 @@ class Pretrain:
         self.checkpoints = Checkpoints(
             self.run.checkpoints, **vars(cfg.checkpoint), state_dict=run_state, write_metadata=self._write_metadata
         )
+        self.ema = Ema.of(self.model, cfg.ema.decay) if cfg.ema.decay is not None else None
         self.trained_parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        self.trained_parts |= {"ema": self.ema} if self.ema else {}
         if saved.checkpoint:
             self.checkpoints.restore(saved.checkpoint, **self.trained_parts)
         self.step = saved.step
@@ -152,7 +155,7 @@ class Pretrain:
                     handle_skip(self.guard, run, self.step, monitor.message, locate, self.save_checkpoint)
                 metrics: dict[str, float] = {}
                 if last or is_due(self.step, cfg.validation.every):
-                    metrics = monitor.measure(self.step, self.validate)
+                    metrics = monitor.measure(self.step, self.validate_all)
                     self.validation_loss = metrics.get("validation_loss", self.validation_loss)
                 measured = True
                 if tasks and tasks.due(self.step, plan.num_steps):
@@ -190,6 +193,8 @@ class Pretrain:
         values |= {name: term / num_tokens for name, term in zip(TERMS, terms, strict=False)}
         if self.guard.accepts(values["loss"], values["grad_norm"], losses):
             self.optimizer.step()
+            if self.ema:
+                self.ema.update(self.model)
         else:
             values["skipped"] = self.guard.skipped
         self.scheduler.step()  # also after a skipped update: the schedule is a function of the step
@@ -206,6 +211,14 @@ class Pretrain:
                 return self.teacher.loss(batch, states, targets, self.model)
             summed: Tensor = self.loss(states, self.model.head_weight, targets, **self.model.loss_settings)
         return summed
+
+    def validate_all(self) -> dict[str, float]:
+        """What `validate` measures, and the held-out loss of the averaged weights."""
+        metrics = self.validate()
+        if self.ema and metrics:
+            with self.ema.applied(self.model):
+                metrics["ema_validation_loss"] = self.validate()["validation_loss"]
+        return metrics
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

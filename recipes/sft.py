@@ -25,6 +25,7 @@ from plmtune.tokenizers.chat_template import find_template
 from plmtune.tokenizers.message import Message
 from plmtune.training import launcher
 from plmtune.training import preflight as checks
+from plmtune.training.ema import Ema
 from plmtune.training.finetune_model import setup_model
 from plmtune.training.guard import Guard, handle_skip
 from plmtune.training.init_from import find_init_checkpoint
@@ -39,7 +40,7 @@ from plmtune.training.trainer_state import TrainerState
 
 CONFIG = "sft"  # conf/sft.yaml
 DATA: dict[str, tuple[type, ...]] = {"tokens": (Conversations,), "refinements": (Preferences,)}  # by kind of loss
-METRICS = ("validation_loss",)  # of a validation
+METRICS = ("validation_loss", "ema_validation_loss")  # of a validation
 EPOCHS = 3.0  # where the config gives neither epochs nor phases
 
 
@@ -99,7 +100,9 @@ class Sft:
         self.optimizer = build("optimizer", cfg.optimizer, model=self.model)
         self.scheduler = checks.build_scheduler(cfg.scheduler, self.optimizer, plan.num_steps, plan.tokens_per_step)
         self.checkpoints = self.finetune_model.open_checkpoints(self.run.checkpoints, cfg.checkpoint)
+        self.ema = Ema.of(self.model, cfg.ema.decay) if cfg.ema.decay is not None else None
         self.trained_parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        self.trained_parts |= {"ema": self.ema} if self.ema else {}
         if saved.checkpoint:
             self.checkpoints.restore(saved.checkpoint, **self.trained_parts)
         self.step = saved.step
@@ -143,7 +146,7 @@ class Sft:
                     handle_skip(self.guard, run, self.step, monitor.message, locate, self.save_checkpoint)
                 metrics: dict[str, float] = {}
                 if last or is_due(self.step, cfg.validation.every):
-                    metrics = monitor.measure(self.step, self.validate)
+                    metrics = monitor.measure(self.step, self.validate_all)
                     self.validation_loss = metrics.get("validation_loss", self.validation_loss)
                 measured = True
                 if tasks and tasks.due(self.step, plan.num_steps):
@@ -182,6 +185,8 @@ class Sft:
         values |= {name: term / num_tokens for name, term in zip(TERMS, terms, strict=False)}
         if self.guard.accepts(values["loss"], values["grad_norm"], losses):
             self.optimizer.step()
+            if self.ema:
+                self.ema.update(self.model)
         else:
             values["skipped"] = self.guard.skipped
         self.scheduler.step()  # also after a skipped update: the schedule is a function of the step
@@ -202,6 +207,14 @@ class Sft:
                 return self.teacher.loss(batch, states, targets, self.model)
             summed: Tensor = self.loss(states, self.model.head_weight, targets, **self.model.loss_settings)
         return summed
+
+    def validate_all(self) -> dict[str, float]:
+        """What `validate` measures, and the held-out loss of the averaged weights."""
+        metrics = self.validate()
+        if self.ema and metrics:
+            with self.ema.applied(self.model):
+                metrics["ema_validation_loss"] = self.validate()["validation_loss"]
+        return metrics
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

@@ -30,6 +30,7 @@ _NEEDS_BASE = ("task_arithmetic", "ties")
 @option(
     "--dtype fp32|bf16|fp16", "Write the weights in this dtype (default: that of the adapters, or the first model)."
 )
+@option("--ema", "Write the averaged weights that CHECKPOINT has beside its own (of a run with ema.decay).")
 @overwrite_option
 def merge(
     checkpoints: tuple[str, ...],
@@ -38,6 +39,7 @@ def merge(
     weights: str | None,
     density: float | None,
     base: Path | None,
+    ema: bool,
     dtype: str | None,
     overwrite: bool,
 ) -> None:
@@ -48,25 +50,30 @@ def merge(
     \b
     plmtune merge runs/sft/latest models/merged
     plmtune merge runs/a/latest runs/b/latest models/soup --method average
+    plmtune merge runs/demo/latest models/averaged --ema
     plmtune merge math code models/both --method ties --base models/base
     """
     from plmtune.models.directory import check_free, new_directory
 
     for checkpoint in checkpoints:
         check_model_path(checkpoint)
-    factors = _check(checkpoints, method, weights, density, base)
+    factors = _check(checkpoints, method, weights, density, base, ema)
     check_free(out, overwrite)
 
     from plmtune.models import merging
     from plmtune.models.adapters import holds_adapters, load_model, load_model_tokenizer
     from plmtune.models.checkpoint_files import checkpoint_directory
     from plmtune.models.hf import save_model
+    from plmtune.training.ema import load_average
 
     found = [checkpoint_directory(checkpoint) for checkpoint in checkpoints]
-    if method is None and not holds_adapters(found[0]):
+    if method is None and not ema and not holds_adapters(found[0]):
         raise UserError(f"{found[0]} holds no adapters: it is a whole model already, or none.")
     with new_directory(out, overwrite=overwrite) as temporary:
-        if method is None:
+        if ema:
+            tokenizer, model = load_model_tokenizer(found[0]), load_average(found[0])
+            done = f"average of {found[0]}"
+        elif method is None:
             tokenizer, model = load_model_tokenizer(found[0], base), load_model(found[0], base=base)
             done = f"adapters of {found[0]} merged"
         else:
@@ -82,9 +89,16 @@ def merge(
 
 
 def _check(
-    checkpoints: tuple[str, ...], method: str | None, weights: str | None, density: float | None, base: Path | None
+    checkpoints: tuple[str, ...],
+    method: str | None,
+    weights: str | None,
+    density: float | None,
+    base: Path | None,
+    ema: bool,
 ) -> list[float]:
     """Refuse options that do not fit each other; returns the models' weights."""
+    if ema and (method or base or len(checkpoints) > 1):
+        raise UserError("--ema writes the averaged weights of one CHECKPOINT: leave out --method, --base and others.")
     if method is None:
         if len(checkpoints) > 1:
             raise UserError(

@@ -117,6 +117,15 @@ class GuardConfig:
 
 
 @dataclass
+class EmaConfig:
+    """An exponential moving average of the weights, which checkpoints hold beside them."""
+
+    decay: Annotated[float, SHARE] | None = (
+        None  # share of the average that an update keeps, as 0.999; null: no average
+    )
+
+
+@dataclass
 class DistillationConfig:
     """The model that the trained one learns from, with loss=forward_kl, reverse_kl or jsd."""
 
@@ -198,6 +207,7 @@ class PretrainConfig(TrainingConfig):
     document_mask: bool = False  # attention stays inside a document
     phases: list[PhaseConfig] = field(default_factory=list)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
     num_workers: Annotated[int, Range(0, most=256)] = 0  # threads that make steps ahead; 0: none
     preparation: PreparationConfig = field(default_factory=PreparationConfig)
 
@@ -244,10 +254,13 @@ class SftConfig(FinetuningConfig):
     epochs: Epochs | None = None  # passes over all packed rows of all sources; default, where there are no phases: 3
     phases: list[PhaseConfig] = field(default_factory=list)  # instead of epochs
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
     num_workers: Annotated[int, Range(0, most=256)] = 0  # threads that make steps ahead; 0: none
 
     def check(self) -> None:
-        """Refuse two budgets."""
+        """Refuse two budgets, and an average of adapters."""
+        if self.ema.decay is not None and self.peft is not None:
+            raise ValueError("ema.decay averages whole models, not adapters: leave out ema.decay or peft")
         if self.epochs is not None and self.phases:
             raise ValueError(
                 f"epochs: is {self.epochs:g}, and phases says how long to train as well. Give one of them: 'phases=[]' "

@@ -32,6 +32,8 @@ from plmtune.io.manifest import step_path, steps
 from plmtune.models.checkpoint_files import Stored, locate
 from plmtune.training import distributed
 from plmtune.training import state as training_state
+from plmtune.training.ema import STEM as EMA
+from plmtune.training.ema import Ema
 from plmtune.training.guard import not_finite
 from plmtune.training.snapshot import SnapshotBuffers
 from plmtune.training.trainer_state import STATE, best_step, prune, read_trainer_state, remove_unfinished
@@ -104,6 +106,7 @@ class Checkpoints:
         model: nn.Module,
         optimizer: Optimizer,
         scheduler: Any,
+        ema: Ema | None = None,
         state: Mapping[str, Any] | None = None,
         metrics: Mapping[str, Any] | None = None,
         wait: bool = False,
@@ -131,7 +134,7 @@ class Checkpoints:
             log.warning("%s", error)  # the cause may be gone; if not, this save fails too
         tensors, optimizer_rest = training_state.optimizer_state_dict(model, optimizer)
         random_states = distributed.gather_texts(json.dumps(training_state.random_state()))
-        stems = {self.stem: self.state_dict(model), "optimizer": tensors}
+        stems = {self.stem: self.state_dict(model), "optimizer": tensors, **({EMA: ema.tensors} if ema else {})}
         needed = sum(t.numel() * t.element_size() for part in stems.values() for t in part.values())
         distributed.broadcast_from_rank0(lambda: self._make_room(step, needed))
         # Without a common disk the directory is rank 0's alone.
@@ -147,6 +150,7 @@ class Checkpoints:
                 "metrics": dict(metrics or {}),
                 "scheduler": training_state.scheduler_state_dict(scheduler),
                 "optimizer": optimizer_rest,
+                **({"ema": ema.updates} if ema else {}),
                 # Ranks in the same state share one.
                 "random": {
                     "states": [json.loads(text) for text in dict.fromkeys(random_states)],
@@ -224,7 +228,9 @@ class Checkpoints:
         """Finish this process's writing, without an exchange with other ranks: one may be gone."""
         self._pool.shutdown()
 
-    def restore(self, path: Path, *, model: nn.Module, optimizer: Optimizer, scheduler: Any) -> dict[str, Any]:
+    def restore(
+        self, path: Path, *, model: nn.Module, optimizer: Optimizer, scheduler: Any, ema: Ema | None = None
+    ) -> dict[str, Any]:
         """Load a checkpoint into model, optimizer, scheduler and random generators.
 
         Every rank must call it and see the same files. Any number of processes may have written them.
@@ -246,6 +252,9 @@ class Checkpoints:
             moments = Stored(locate(path, "optimizer"))
             training_state.load_optimizer_state_dict(model, optimizer, moments, document["optimizer"])
             training_state.load_scheduler_state_dict(scheduler, document["scheduler"])
+            if ema:
+                distributed.load_full_tensors(ema.tensors, Stored(locate(path, EMA)))
+                ema.updates = int(document["ema"])
             which, rank = document["random"]["of"], distributed.rank()
             same = len(which) == distributed.world_size()
             training_state.load_random_state(document["random"]["states"][which[rank if same else 0]])

@@ -32,7 +32,7 @@ class Estimate:
         parameters: of the whole model; a tied matrix once.
         trained: parameters that get gradients.
         non_embedding_parameters: without embeddings and the vocabulary projection.
-        weights: including what FSDP2 gathers from other processes.
+        weights: including what FSDP2 gathers from other processes, and the average of them that is kept.
         teacher: weights of a distillation's teacher.
         gradients: including what FSDP2 holds until it is reduced.
         activations: what autograd keeps between forward and backward, per micro-batch.
@@ -115,6 +115,7 @@ def estimate(
     activation_checkpointing: bool = False,
     loss_chunk_rows: int = 1024,
     teacher: nn.Module | None = None,
+    ema: bool = False,
 ) -> Estimate:
     """Estimate a training run of `model`, a `Decoder` (best on the meta device: nothing is computed).
 
@@ -131,6 +132,7 @@ def estimate(
         background_saves: a save first copies the state.
         loss_chunk_rows: tokens whose logits the loss holds at once; 0: all of them.
         teacher: of a distillation, on the meta device.
+        ema: an average of the weights is kept.
     """
     device, compute_dtype, shards = runtime.device, runtime.compute_dtype, runtime.shard_size
     held: Any = model  # a Decoder, whose attributes mypy cannot see on a Module
@@ -160,13 +162,14 @@ def estimate(
     mask = micro_batch_size * seq_len**2 * compute_dtype.itemsize
     masks = mask * (1 if activation_checkpointing else len(held.layers)) if masked else 0
     # Files are dealt to the processes one by one, so that one process holds one at least.
-    save = max((weights + moments) // runtime.world_size, int(min(max(weights, moments), FILE_BYTES)))
+    averages = weights if ema else 0
+    save = max((weights + moments + averages) // runtime.world_size, int(min(max(weights, moments), FILE_BYTES)))
     resident = resident_memory() if device.type == "cpu" else 0
     return Estimate(
         parameters=parameters,
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         non_embedding_parameters=parameters - vocabulary,
-        weights=weights // shards + gathered,
+        weights=(weights + averages) // shards + gathered,
         teacher=_stored_bytes(teacher, compute_dtype) // shards if teacher else 0,
         gradients=trainable // shards + whole_gradients,
         optimizer=moments // shards,

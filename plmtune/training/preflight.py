@@ -233,6 +233,7 @@ def plan_training(
                 activation_checkpointing=cfg.runtime.activation_checkpointing,
                 loss_chunk_rows=cfg.loss.settings.get("chunk_rows", 0),
                 teacher=plan.teacher.model if plan.teacher else None,
+                ema=not isinstance(cfg, PreferenceConfig) and cfg.ema.decay is not None,
             )
     return plan
 
