@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from plmtune.errors import UserError
+from plmtune.io import safetensors_writer
 from plmtune.models.adapters import load_model, load_model_tokenizer
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Quantized
@@ -90,7 +91,8 @@ def merge_models(
         base: what the models were trained from; None for a method without one.
 
     Raises:
-        UserError: if one has another shape or another tokenizer than the first, or is quantized.
+        UserError: if one has another shape or another tokenizer than the first, is quantized, or holds a number that
+            is not finite, which a method that leaves numbers out would hide.
     """
     models = [load_model(directory) for directory in directories]
     others = [*zip(directories, models, strict=True), *([(base, load_model(base))] if base else [])]
@@ -103,6 +105,8 @@ def merge_models(
                 f"{directory} has another tokenizer than {directories[0]}, so their rows do not correspond."
             )
         _check_shape(directory, model, directories[0], models[0])
+        if names := safetensors_writer.not_finite(dict(model.named_parameters())):
+            raise UserError(f"{directory}: weights are not finite: {safetensors_writer.listed(names)}.")
     states = [dict(model.named_parameters()) for _, model in others]
     for name, parameter in models[0].named_parameters():
         tensors = [state[name].float() for state in states]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from plmtune.errors import UserError
@@ -105,3 +106,16 @@ class TestMergeModels:
         train_bpe(["some text"], 260).save(pair[1])
         with pytest.raises(UserError, match="another tokenizer"):
             merging.merge_models(pair, merging.average, [1, 1])
+
+    @pytest.mark.parametrize("place", [0, 1, "base"])
+    @pytest.mark.parametrize("number", [math.nan, -math.inf])
+    def test_a_number_that_is_not_finite_is_refused_by_its_model(
+        self, pair: list[Path], tmp_path: Path, place: int | str, number: float
+    ) -> None:
+        base = model(tmp_path / "base", 3)
+        wrong = base if isinstance(place, str) else pair[place]
+        weights = load_file(wrong / "model.safetensors")
+        weights["model.layers.1.mlp.up_proj.weight"][3, 2] = number
+        save_file(weights, wrong / "model.safetensors")
+        with pytest.raises(UserError, match=rf"{wrong}: weights are not finite: layers.1.ffn.up_proj.weight"):
+            merging.merge_models(pair, merging.ties(0.2), [1, 1], base=base)
