@@ -20,7 +20,7 @@ from plmtune.errors import UserError
 from plmtune.export.huggingface import GATE
 from plmtune.export.runtimes import form_of
 from plmtune.models import gguf_file
-from plmtune.models.assemble import component_from_config
+from plmtune.models.assemble import meta_model
 from plmtune.models.checkpoint_files import CONFIG, Stored, checkpoint_directory, locate, opened_weights, read_json
 from plmtune.models.families import names_of
 from plmtune.models.gguf_file import opened_gguf
@@ -187,9 +187,7 @@ def differing_parts(held: Mapping[str, Any], model: Decoder) -> list[str]:
     """What an export's `computation` has otherwise than the model, a sentence's part each; none where it is empty."""
     if not held:
         return []
-    with torch.device("meta"):
-        plain = component_from_config("model", model.config, "the model")(vocab_size=model.vocab_size)
-    wanted, found = _flat(plain.computation()), _flat(held)
+    wanted, found = _flat(meta_model(model.config, "the model").computation()), _flat(held)
     names = [name for name in dict.fromkeys((*wanted, *found)) if found.get(name) != wanted.get(name)]
     return [f"{name} is {found.get(name)} in the export, {wanted.get(name)} here" for name in names]
 

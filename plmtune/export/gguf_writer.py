@@ -33,7 +33,7 @@ from plmtune.export.gguf_vocabulary import shown_name, vocabulary_keys
 from plmtune.export.lint import WRITTEN, stored_bytes, stored_type
 from plmtune.io.atomic import atomic_write, check_room
 from plmtune.models.adapters import ADAPTERS, find_base, load_adapter, read_model_config
-from plmtune.models.assemble import component_from_config
+from plmtune.models.assemble import meta_model
 from plmtune.models.checkpoint_files import ADAPTER_CONFIG, Stored, locate, model_name, read_json
 from plmtune.models.gguf_forms import Form, with_factors
 from plmtune.models.gguf_layout import to_neighbours
@@ -160,8 +160,7 @@ def write_gguf_adapter(directory: Path, path: Path, *, base: Path | None = None)
     remedy = f"Merge them: plmtune merge {directory} OUT, and export OUT."
     config = read_model_config(find_base(directory, base))
     architecture = match(config).architecture
-    with torch.device("meta"):
-        model = component_from_config("model", config, f"{directory}, its base")(vocab_size=config["vocab_size"])
+    model = meta_model(config, f"{directory}, its base")
     load_adapter(model, directory)  # on the meta device: names, shapes and settings are checked
     layers = adapted(model)
     if any(hasattr(layer, "magnitude") or layer._quantize_base for layer in layers.values()):

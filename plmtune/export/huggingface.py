@@ -37,7 +37,7 @@ from plmtune.io import safetensors_writer
 from plmtune.io.atomic import atomic_write, check_room
 from plmtune.models.adapter_names import OWN_TYPE, fused
 from plmtune.models.adapters import ADAPTERS, find_base, holds_adapters, read_model_config
-from plmtune.models.assemble import component_from_config
+from plmtune.models.assemble import meta_model
 from plmtune.models.checkpoint_files import ADAPTER_CONFIG, CONFIG, Stored, locate, read_json, write_json
 from plmtune.models.directory import new_directory
 from plmtune.models.families import names_of
@@ -156,11 +156,7 @@ def export_adapter(source: Path, directory: Path, *, base: Path | None = None) -
             "train adapters of attention alone."
         )
     if config.get("peft_type") == OWN_TYPE:
-        description = read_model_config(find_base(source, given))
-        with torch.device("meta"):
-            model: Decoder = component_from_config("model", description, f"{source}, its base")(
-                vocab_size=description["vocab_size"]
-            )
+        model = meta_model(read_model_config(find_base(source, given)), f"{source}, its base")
         state, made = fused(Stored(locate(source, ADAPTERS)), config, model, source)
         with atomic_write(directory / f"{ADAPTERS}.safetensors") as temporary:
             safetensors_writer.write(temporary, state)

@@ -14,13 +14,12 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from plmtune.errors import UserError
-from plmtune.models.assemble import component_config, component_from_config
+from plmtune.models.assemble import component_config, meta_model
 from plmtune.models.families import by_model_type
 from plmtune.models.gguf_forms import Form
 from plmtune.models.gguf_layout import kv_heads
 from plmtune.models.gguf_match import match
 from plmtune.models.hf_config import hf_config
-from plmtune.modules.decoder import Decoder
 from plmtune.quantization.schemes import candidates
 from plmtune.registry import Component, keys_of
 from plmtune.units import show_bytes
@@ -167,7 +166,7 @@ def matrices(config: Mapping[str, Any]) -> dict[str, tuple[int, int, int]]:
     """{name without its layer: (rows, width of a row, how often it is there)} of a model's matrices."""
     found: dict[str, tuple[int, int, int]] = {}
     for name, (rows, width) in sorted(
-        candidates(_meta_model(config)).items(), key=lambda item: not item[0].startswith("layers.")
+        candidates(meta_model(config, "the model")).items(), key=lambda item: not item[0].startswith("layers.")
     ):
         leaf = name.rpartition(".")[2]
         found[leaf] = rows, width, found.get(leaf, (0, 0, 0))[2] + 1
@@ -183,13 +182,6 @@ def _gguf_matrices(config: Mapping[str, Any], architecture: str) -> dict[str, tu
         found["attn_k_b"] = heads * rank, attention["qk_nope_head_dim"], count
         found["attn_v_b"] = heads * attention["v_head_dim"], rank, count
     return found
-
-
-def _meta_model(config: Mapping[str, Any]) -> Decoder:
-    """A model without memory for its weights."""
-    with torch.device("meta"):
-        model: Decoder = component_from_config("model", dict(config), "the model")(vocab_size=config["vocab_size"])
-    return model
 
 
 def _head_dims(config: Mapping[str, Any]) -> tuple[int, int]:
@@ -306,7 +298,7 @@ def _hf(config: Mapping[str, Any], kinds: Sequence[str]) -> Iterator[Finding]:
 
 def _model_type(config: Mapping[str, Any]) -> str:
     """The model_type of config.json that a model gets; plmtune: none of the families."""
-    return str(hf_config(_meta_model(config).config, torch.float32)["model_type"])
+    return str(hf_config(meta_model(config, "the model").config, torch.float32)["model_type"])
 
 
 def _setting_without_family(config: Mapping[str, Any]) -> str | None:

@@ -8,6 +8,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from plmtune.errors import UserError, did_you_mean
@@ -88,6 +89,13 @@ def component_config(part: Component) -> dict[str, Any]:
     return {"component": part.name} | {
         key: component_config(value) if isinstance(value, Component) else value for key, value in settings.items()
     }
+
+
+def meta_model(config: Mapping[str, Any], where: str) -> Decoder:
+    """The model of a `config`, on the meta device; arguments as for `component_from_config`."""
+    with torch.device("meta"):
+        model: Decoder = component_from_config("model", dict(config), where)(vocab_size=config["vocab_size"])
+    return model
 
 
 def component_from_config(group: str, data: Any, where: str) -> Component:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from plmtune.errors import UserError
@@ -22,7 +23,6 @@ from plmtune.models.gguf_settings import (
     WINDOW,
     Config,
     Written,
-    read_biases,
     read_gqa,
     read_sizes,
     write_gqa,
@@ -56,14 +56,10 @@ class Architecture:
     also: tuple[str, ...] = ()
 
 
-def _write_llama(config: Config) -> Written:
-    return write_gqa(config, freqs=True)
-
-
-def _read_llama(keys: Metadata) -> dict[str, Any]:
-    settings = read_gqa(keys, freqs=True)
-    settings["attention"] |= read_biases(keys)
-    return settings
+_read_llama = partial(read_gqa, freqs=True, biases=True)
+_write_llama = partial(write_gqa, freqs=True)
+_read_arcee = partial(read_gqa, ffn="squared_relu", freqs=True)
+_read_glm = partial(read_gqa, partial=True, interleaved=True, biases=True)
 
 
 def _read_qwen2(keys: Metadata) -> dict[str, Any]:
@@ -164,10 +160,6 @@ def _read_phi3(keys: Metadata) -> dict[str, Any]:
     return settings
 
 
-def _write_phi3(config: Config) -> Written:
-    return write_square_gqa(config, factors=True)
-
-
 def _read_minicpm(keys: Metadata) -> dict[str, Any]:
     settings = read_gqa(keys, freqs=True)
     base = settings["embed_dim"] / keys.decimal("logit_scale")
@@ -209,25 +201,8 @@ def _write_granite(config: Config) -> Written:
     } | ({} if scale is None else {"attention.scale": float(scale)}), tensors
 
 
-def _read_arcee(keys: Metadata) -> dict[str, Any]:
-    return read_gqa(keys, ffn="squared_relu", freqs=True)
-
-
-def _read_ernie(keys: Metadata) -> dict[str, Any]:
-    settings = read_gqa(keys)
-    settings["attention"]["rope_interleaved"] = True
-    return settings
-
-
-def _read_glm(keys: Metadata) -> dict[str, Any]:
-    settings = read_gqa(keys, partial=True)
-    settings["attention"] |= {"rope_interleaved": True} | read_biases(keys)
-    return settings
-
-
 def _read_starcoder2(keys: Metadata) -> dict[str, Any]:
-    settings = read_gqa(keys, ffn="gelu", norm="layer_norm")
-    settings["attention"] |= read_biases(keys)
+    settings = read_gqa(keys, ffn="gelu", norm="layer_norm", biases=True)
     settings["ffn"]["bias"] = "blk.0.ffn_up.bias" in keys.shapes
     return settings
 
@@ -235,9 +210,7 @@ def _read_starcoder2(keys: Metadata) -> dict[str, Any]:
 def _read_stablelm(keys: Metadata) -> dict[str, Any]:
     if keys.get("use_parallel_residual", False):
         raise keys.refuse("use_parallel_residual")
-    settings = read_gqa(keys, norm="layer_norm", partial=True)
-    settings["attention"] |= read_biases(keys)
-    return settings
+    return read_gqa(keys, norm="layer_norm", partial=True, biases=True)
 
 
 def _write_stablelm(config: Config) -> Written:
@@ -337,7 +310,7 @@ ARCHITECTURES = (
     Architecture("gemma2", "gemma2", _GEMMA, _read_gemma, _write_gemma2, _layout(_POST, unit_offset=True)),
     Architecture("gemma3", "gemma3", _GEMMA, _read_gemma, _write_gemma3, _layout(_POST | _HEADS, unit_offset=True)),
     Architecture(
-        "phi3", "phi3", _LLAMA, _read_phi3, _write_phi3, _layout(fused=_GATE_UP | _QKV)
+        "phi3", "phi3", _LLAMA, _read_phi3, partial(write_square_gqa, factors=True), _layout(fused=_GATE_UP | _QKV)
     ),
     Architecture("minicpm", "minicpm", _LLAMA, _read_minicpm, _write_minicpm, _layout(permuted=True)),
     Architecture("granite", "granite", _LLAMA, _read_granite, _write_granite, _layout(permuted=True)),
@@ -347,7 +320,7 @@ ARCHITECTURES = (
     Architecture(
         "granite_swa", "mistral", _LLAMA, read_windows, write_windows, _layout(permuted=True, sinks=True)
     ),
-    Architecture("ernie4_5", "ernie4_5", _LLAMA, _read_ernie, write_gqa),
+    Architecture("ernie4_5", "ernie4_5", _LLAMA, partial(read_gqa, interleaved=True), write_gqa),
     Architecture("chatglm", "glm", _LLAMA, _read_glm, write_square_gqa, _layout(fused=_GATE_UP)),
     Architecture("starcoder2", "starcoder2", (_GQA, "gelu", "layer_norm"), _read_starcoder2, write_square_gqa),
     Architecture("stablelm", "stablelm", (_GQA, "swiglu", "layer_norm"), _read_stablelm, _write_stablelm),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from plmtune.errors import UserError
 from plmtune.io.untrusted import load_json
-from plmtune.models.assemble import component_from_config
+from plmtune.models.assemble import meta_model
 from plmtune.models.gguf_architectures import ARCHITECTURES, Architecture
 from plmtune.models.gguf_forms import FORMS, Form
 from plmtune.models.gguf_keys import Metadata
@@ -53,12 +53,9 @@ def match(config: Mapping[str, Any], form: Form | None = None) -> Match:
 def build(config: Mapping[str, Any], where: str) -> Decoder:
     """The model of a `config`, on the meta device."""
     try:
-        with torch.device("meta"):
-            model = component_from_config("model", dict(config), where)(vocab_size=config["vocab_size"])
+        return meta_model(config, where)
     except (ValueError, RuntimeError, OverflowError, TypeError) as error:
         raise UserError(f"{where} describes no possible model: {str(error).splitlines()[0]}.") from error
-    assert isinstance(model, Decoder)
-    return model
 
 
 @lru_cache(maxsize=16)

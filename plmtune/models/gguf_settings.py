@@ -45,6 +45,8 @@ def read_gqa(
     ffn: str = "swiglu",
     norm: str = "rms_norm",
     partial: bool = False,
+    interleaved: bool = False,
+    biases: bool = False,
     unit_offset: bool = False,
     freqs: bool = False,
     factors: bool = False,
@@ -53,6 +55,8 @@ def read_gqa(
 
     Args:
         partial: RoPE may turn a part of each head.
+        interleaved: RoPE turns neighbouring pairs.
+        biases: the tensors say whether attention has biases.
         freqs, factors: as for `write_scaling`.
     """
     sizes = read_sizes(keys)
@@ -69,11 +73,14 @@ def read_gqa(
         "num_kv_heads": keys.number("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "rope_theta": theta,
-        "rope_interleaved": False,
+        "rope_interleaved": interleaved,
         "rope_scaling": read_scaling(keys, turned, theta, sizes["max_seq_len"], freqs=freqs, factors=factors),
     }
     if turned != head_dim:
         attention["rope_dim"] = turned
+    if biases:
+        bias, output = (f"blk.0.{name}.bias" in keys.shapes for name in ("attn_q", "attn_output"))
+        attention |= {"bias": bias} | ({"output_bias": output} if output != bias else {})
     eps = keys.decimal(RMS if norm == "rms_norm" else LAYER, 1e-5)
     return sizes | {
         "attention": attention,
@@ -117,8 +124,3 @@ def write_square_gqa(config: Config, *, factors: bool = False) -> Written:
             f"all, not {width}."
         )
     return write_gqa(config, factors=factors)
-
-
-def read_biases(keys: Metadata) -> dict[str, bool]:
-    bias, output = (f"blk.0.{name}.bias" in keys.shapes for name in ("attn_q", "attn_output"))
-    return {"bias": bias} | ({"output_bias": output} if output != bias else {})

@@ -31,8 +31,6 @@ PRE_TOKENIZERS: dict[str, tuple[str, Normalization | None, bool]] = {
     "starcoder": (DIGITS_GPT2_PATTERN, None, False),
     "qwen2": (QWEN2_PATTERN, "NFC", False),
     "llama-bpe": (LLAMA3_PATTERN, None, True),
-    "llama3": (LLAMA3_PATTERN, None, True),
-    "llama-v3": (LLAMA3_PATTERN, None, True),
     "smaug-bpe": (LLAMA3_PATTERN, None, False),
     "gpt-2": (GPT2_PATTERN, None, False),
 }

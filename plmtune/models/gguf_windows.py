@@ -13,14 +13,14 @@ import torch
 from plmtune.errors import UserError
 from plmtune.models.gguf_keys import Metadata
 from plmtune.models.gguf_layout import SINKS
-from plmtune.models.gguf_settings import PATTERN, WINDOW, Config, Written, read_biases, read_gqa, write_gqa
+from plmtune.models.gguf_settings import PATTERN, WINDOW, Config, Written, read_gqa, write_gqa
 
 _ROPE_PATTERN, _SCALE, _LOGITS = "attention.rope_pattern", "attention.scale", "logit_scale"
 _NOTHING = -65504.0
 
 
 def read_windows(keys: Metadata) -> dict[str, Any]:
-    settings = read_gqa(keys, freqs=True)
+    settings = read_gqa(keys, freqs=True, biases=True)
     count, attention = settings["num_layers"], settings["attention"]
     if keys.decimal(_LOGITS, 1.0) != 1:
         raise keys.refuse(_LOGITS)
@@ -37,7 +37,7 @@ def read_windows(keys: Metadata) -> dict[str, Any]:
         local = [False] * count
     layers = ["local" if near else "global" if turns else "nope" for near, turns in zip(local, turned, strict=True)]
     period = next(n for n in range(1, count + 1) if all(kind == layers[i % n] for i, kind in enumerate(layers)))
-    attention |= read_biases(keys) | {"window": window if any(local) else None}
+    attention["window"] = window if any(local) else None
     return settings | {"layers": layers[:period]}
 
 

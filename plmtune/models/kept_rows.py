@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from plmtune.errors import UserError
-from plmtune.models.assemble import component_from_config
+from plmtune.models.assemble import meta_model
 from plmtune.models.hf import is_quantized
 from plmtune.modules.decoder import Decoder
 
@@ -22,7 +22,8 @@ _SEQUENCES = ("bad_words_ids", "force_words_ids", "sequence_bias", "forced_decod
 def row_parameters(config: Mapping[str, Any], where: str) -> tuple[int, int]:
     """Return (parameters for each row of the vocabulary, all other parameters) of a model's `config`."""
     rows = config["vocab_size"]
-    total, other = (sum(p.numel() for p in _build(config, size, where).parameters()) for size in (rows, rows + 1))
+    models = (meta_model({**config, "vocab_size": size}, where) for size in (rows, rows + 1))
+    total, other = (sum(p.numel() for p in model.parameters()) for model in models)
     return other - total, total - rows * (other - total)
 
 
@@ -39,8 +40,8 @@ def keep_rows(model: Decoder, ids: Sequence[int]) -> None:
     if is_quantized(model):
         raise UserError("A quantized model's rows cannot be gathered: compress the checkpoint that was quantized.")
     old = model.vocab_size
-    rows = torch.tensor(ids, device=model.device)
-    for name, wanted in _build(model.config, len(ids), "the model's config").named_parameters():
+    rows, config = torch.tensor(ids, device=model.device), {**model.config, "vocab_size": len(ids)}
+    for name, wanted in meta_model(config, "the model's config").named_parameters():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         held = module.get_parameter(leaf)
@@ -51,17 +52,7 @@ def keep_rows(model: Decoder, ids: Sequence[int]) -> None:
         for size in ("num_embeddings", "out_features"):
             if hasattr(module, size):
                 setattr(module, size, len(ids))
-    model.vocab_size = len(ids)
-    model.config = {**model.config, "vocab_size": len(ids)}
-
-
-def _build(config: Mapping[str, Any], vocab_size: int, where: str) -> Decoder:
-    """The model of a `config` with another vocabulary, on the meta device."""
-    part = component_from_config("model", {**config, "vocab_size": vocab_size}, where)
-    with torch.device("meta"):
-        model = part(vocab_size=vocab_size)
-    assert isinstance(model, Decoder)
-    return model
+    model.vocab_size, model.config = len(ids), config
 
 
 def named_ids(keys: Mapping[str, Any]) -> set[int]:

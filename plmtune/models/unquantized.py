@@ -10,7 +10,7 @@ import torch
 from plmtune.errors import UserError
 from plmtune.io.safetensors_writer import listed, not_finite
 from plmtune.models.adapters import holds_adapters, load_model, read_model_config
-from plmtune.models.assemble import component_from_config
+from plmtune.models.assemble import meta_model
 from plmtune.models.checkpoint_files import CONFIG, read_json
 from plmtune.modules.decoder import Decoder
 
@@ -25,9 +25,7 @@ def build_on_meta(checkpoint: Path, verb: str = "quantize") -> Any:
         raise UserError(
             f"{checkpoint} is quantized already. {verb.capitalize()} its original (quantize.json names it)."
         )
-    config = read_model_config(checkpoint)
-    with torch.device("meta"):
-        return component_from_config("model", config, str(checkpoint))(vocab_size=config["vocab_size"])
+    return meta_model(read_model_config(checkpoint), str(checkpoint))
 
 
 def load_finite(
