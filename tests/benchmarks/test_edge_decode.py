@@ -6,12 +6,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
+from tiny_models import tiny_plm
 
 from plmtune.devices.sparse_decode import squared_relus
-from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
-from plmtune.registry import component
 
 
 @pytest.fixture
@@ -23,17 +21,8 @@ def edge_decode(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def small() -> Decoder:
-    torch.manual_seed(0)
-    model: Decoder = plm(
-        500,
-        attention=component(
-            "attention", "mla", kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16
-        ),
-        ffn=component("ffn", "squared_relu", hidden_dim=768),
-        embed_dim=192,
-        num_layers=4,
-        num_heads=4,
-        max_seq_len=1024,
+    model: Decoder = tiny_plm(
+        500, mla={"v_head_dim": 16}, hidden_dim=768, embed_dim=192, num_layers=4, max_seq_len=1024, init_std=0.02
     )
     return model.eval().requires_grad_(False)
 

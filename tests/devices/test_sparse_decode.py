@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import tiny_plm
 
 from plmtune.devices import sparse_decode
 from plmtune.models.hf import load_model, save_model
 from plmtune.models.llama import llama
-from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.feed_forward import SquaredReLU
 from plmtune.modules.quantized import Format, install
@@ -17,16 +17,11 @@ from plmtune.registry import component
 
 
 def small(dtype: torch.dtype = torch.float32) -> Decoder:
-    torch.manual_seed(0)
-    model = plm(
+    model = tiny_plm(
         97,
-        attention=component("attention", "mla", kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8),
-        ffn=component("ffn", "squared_relu", hidden_dim=96),
+        mla={"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8},
         embed_dim=32,
         num_layers=3,
-        num_heads=4,
-        max_seq_len=64,
-        init_std=0.15,
     )
     return model.to(dtype).eval().requires_grad_(False)
 

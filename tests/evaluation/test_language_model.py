@@ -8,15 +8,14 @@ from typing import Any
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from tiny_models import tiny_llama
 
 from plmtune.errors import UserError
 from plmtune.evaluation.language_model import LanguageModel
 from plmtune.evaluation.result_cache import ResultCache
 from plmtune.inference.batching import BatchedGenerator
 from plmtune.inference.request_queue import Request
-from plmtune.models.llama import llama
 from plmtune.modules.decoder import Decoder
-from plmtune.registry import component
 from plmtune.tokenizers.builtin_templates import CHATML_TEMPLATE
 from plmtune.tokenizers.chat_template import ChatTemplate, find_template
 from plmtune.tokenizers.tokenizer import Tokenizer
@@ -46,16 +45,8 @@ def model(tokenizer: Tokenizer) -> Decoder:
 
 
 def made(tokenizer: Tokenizer, rope_theta: float = 10000.0) -> Decoder:
-    torch.manual_seed(0)
-    return llama(
-        tokenizer.vocab_size,
-        attention=component("attention", "gqa", num_kv_heads=2, rope_theta=rope_theta),
-        ffn=component("ffn", "swiglu", hidden_dim=64),
-        embed_dim=32,
-        num_layers=2,
-        num_heads=4,
-        max_seq_len=64,
-        init_std=0.3,
+    return tiny_llama(
+        tokenizer.vocab_size, gqa={"rope_theta": rope_theta}, hidden_dim=64, embed_dim=32, init_std=0.3
     ).eval()
 
 

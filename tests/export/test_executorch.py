@@ -7,18 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_llama, tiny_plm
 from torch import Tensor, nn
 
 from plmtune.errors import UserError
 from plmtune.export.contents import Contents
 from plmtune.export.executorch import check_scheme, executorch_formats, export_pte, make_step
 from plmtune.export.verify import _quantized_like
-from plmtune.models.llama import llama
-from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, Quantized, QuantizedLinear
 from plmtune.quantization.quantize import quantize
-from plmtune.registry import component, load
+from plmtune.registry import load
 from plmtune.tokenizers.tokenizer_files import byte, load_tokenizer
 
 CONTEXT = 32
@@ -26,34 +25,11 @@ DYNAMIC = "int8_dynamic_int8"
 
 
 def small_plm(tied: bool = True) -> Decoder:
-    torch.manual_seed(0)
-    return plm(
-        byte().vocab_size,
-        attention=component(
-            "attention", "mla", kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16
-        ),
-        ffn=component("ffn", "squared_relu", hidden_dim=96),
-        embed_dim=64,
-        num_layers=2,
-        num_heads=4,
-        max_seq_len=64,
-        tie_embeddings=tied,
-        init_std=0.15,
-    ).eval()
+    return tiny_plm(byte().vocab_size, mla={"v_head_dim": 16}, tie_embeddings=tied).eval()
 
 
 def small_llama() -> Decoder:
-    torch.manual_seed(0)
-    return llama(
-        byte().vocab_size,
-        attention=component("attention", "gqa", num_kv_heads=2, bias=True),
-        ffn=component("ffn", "swiglu", hidden_dim=96),
-        embed_dim=64,
-        num_layers=2,
-        num_heads=4,
-        max_seq_len=64,
-        init_std=0.15,
-    ).eval()
+    return tiny_llama(byte().vocab_size, gqa={"bias": True}).eval()
 
 
 def quantized(make: Callable[[], Decoder], scheme: str, **settings: object) -> Decoder:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import tiny_plm
 
 from plmtune.errors import UserError
 from plmtune.export.gguf_quantize import quantize_gguf
@@ -12,27 +13,13 @@ from plmtune.export.lint import QUANTIZED, matrices, stored_type
 from plmtune.export.runtimes import open_runtime
 from plmtune.models.gguf_file import opened_gguf
 from plmtune.models.gguf_layout import gguf_name
-from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
-from plmtune.registry import component
 from plmtune.tokenizers.tokenizer_files import byte
 
 
 def wide() -> Decoder:
     """Some rows of 256 numbers, some of other widths."""
-    torch.manual_seed(0)
-    return plm(
-        byte().vocab_size,
-        attention=component(
-            "attention", "mla", kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12
-        ),
-        ffn=component("ffn", "squared_relu", hidden_dim=512),
-        embed_dim=256,
-        num_layers=1,
-        num_heads=4,
-        max_seq_len=64,
-        init_std=0.1,
-    ).eval()
+    return tiny_plm(byte().vocab_size, hidden_dim=512, embed_dim=256, num_layers=1, init_std=0.1).eval()
 
 
 @pytest.fixture

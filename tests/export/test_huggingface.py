@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from saved_adapters import save_adapter
+from tiny_models import tiny_llama, tiny_plm
 
 from plmtune.errors import UserError
 from plmtune.export.huggingface import end_ids, export_adapter, export_hf
 from plmtune.models.adapters import load_adapter
 from plmtune.models.hf import load_model, save_model
-from plmtune.models.llama import llama
-from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, install
 from plmtune.registry import component, load
@@ -24,32 +23,13 @@ ROWS = 4096
 
 
 def small_plm(**settings: object) -> Decoder:
-    torch.manual_seed(0)
-    return plm(
-        ROWS,
-        attention=component("attention", "mla", kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=12),
-        ffn=component("ffn", "squared_relu", hidden_dim=64),
-        embed_dim=32,
-        num_layers=2,
-        num_heads=4,
-        max_seq_len=64,
-        init_std=0.15,
-        **settings,  # type: ignore[arg-type]
+    return tiny_plm(
+        ROWS, mla={"kv_lora_rank": 16, "qk_nope_head_dim": 8}, hidden_dim=64, embed_dim=32, **settings
     ).eval()
 
 
 def small_llama(**settings: object) -> Decoder:
-    torch.manual_seed(0)
-    return llama(
-        ROWS,
-        attention=component("attention", "gqa", num_kv_heads=2, **settings),
-        ffn=component("ffn", "swiglu", hidden_dim=64),
-        embed_dim=32,
-        num_layers=2,
-        num_heads=4,
-        max_seq_len=64,
-        init_std=0.15,
-    ).eval()
+    return tiny_llama(ROWS, gqa=settings, hidden_dim=64, embed_dim=32).eval()
 
 
 def tokenizer() -> Tokenizer:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_llama, tiny_plm
 
 from plmtune.errors import UserError
 from plmtune.export.diagnosis import log_probs
@@ -14,10 +15,7 @@ from plmtune.export.gguf_writer import write_gguf
 from plmtune.export.huggingface import export_hf
 from plmtune.export.runtimes import InferenceRuntime, open_runtime
 from plmtune.models.hf import save_model
-from plmtune.models.llama import llama
-from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
-from plmtune.registry import component
 from plmtune.tokenizers.message import Message
 from plmtune.tokenizers.tokenizer_files import bundled, byte
 
@@ -26,41 +24,19 @@ PROMPT = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi\n there<
 ASKED = [Message("system", "Be brief."), Message("user", "Hi\n there")]
 
 
-def tiny_plm(vocab_size: int) -> Decoder:
-    torch.manual_seed(0)
-    return plm(
-        vocab_size,
-        attention=component(
-            "attention", "mla", kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16
-        ),
-        ffn=component("ffn", "squared_relu", hidden_dim=64),
-        embed_dim=32,
-        num_layers=2,
-        num_heads=2,
-        max_seq_len=64,
-        init_std=0.15,
-    ).eval()
+def small_plm(vocab_size: int) -> Decoder:
+    return tiny_plm(vocab_size, mla={"v_head_dim": 16}, hidden_dim=64, embed_dim=32, num_heads=2).eval()
 
 
-def tiny_llama() -> Decoder:
-    torch.manual_seed(0)
-    return llama(
-        bundled().vocab_size,
-        attention=component("attention", "gqa", num_kv_heads=2, head_dim=16),
-        ffn=component("ffn", "swiglu", hidden_dim=64),
-        embed_dim=64,
-        num_layers=2,
-        num_heads=4,
-        max_seq_len=64,
-        init_std=0.15,
-    ).eval()
+def small_llama() -> Decoder:
+    return tiny_llama(bundled().vocab_size, gqa={"head_dim": 16}, hidden_dim=64).eval()
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Decoder]]:
     """Each runtime's file of a model, and the model."""
     folder, tokenizer = tmp_path_factory.mktemp("models"), bundled()
-    a_plm, a_llama = tiny_plm(tokenizer.vocab_size), tiny_llama()
+    a_plm, a_llama = small_plm(tokenizer.vocab_size), small_llama()
     write_gguf(a_plm, tokenizer, folder / "plm.gguf", kind="F32")
     save_model(a_plm, None, folder / "ours")
     tokenizer.save(folder / "ours")
@@ -125,7 +101,7 @@ class TestEachRuntime:
 class TestTimed:
     def test_llama_cpp_writes_by_its_own_loop_with_flash_attention_where_it_can(self, tmp_path: Path) -> None:
         pytest.importorskip("xllamacpp")
-        write_gguf(tiny_llama(), bundled(), tmp_path / "llama.gguf", kind="F16")
+        write_gguf(small_llama(), bundled(), tmp_path / "llama.gguf", kind="F16")
         for flash in (None, False, True):
             with open_runtime(tmp_path / "llama.gguf", threads=1, prefer="xllamacpp", flash_attention=flash) as runtime:
                 found = runtime.timed(IDS, 64 - len(IDS))  # all that fits
@@ -175,7 +151,7 @@ class TestOpening:
             open_runtime(files["plmtune"][0], context=0)
 
     def test_a_model_without_a_template_renders_nothing(self, tmp_path: Path) -> None:
-        write_gguf(tiny_plm(byte().vocab_size), byte(), tmp_path / "a.gguf", kind="F32")
+        write_gguf(small_plm(byte().vocab_size), byte(), tmp_path / "a.gguf", kind="F32")
         with open_runtime(tmp_path / "a.gguf", prefer="xllamacpp", threads=1) as runtime:
             assert runtime.render(ASKED) is None  # where llama.cpp's server would take ChatML
             assert runtime.encode("hi") == byte().encode("hi")

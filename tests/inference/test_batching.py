@@ -5,45 +5,21 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_llama, tiny_plm
 
 from plmtune.inference import request_queue
 from plmtune.inference.batching import Answer, BatchedGenerator, NotFinite, _exponential
 from plmtune.inference.request_queue import Request
 from plmtune.inference.sampling import generate
-from plmtune.models.llama import llama
-from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
-from plmtune.registry import component
 
 
 def small_plm() -> Decoder:
-    torch.manual_seed(0)
-    return plm(
-        101,
-        attention=component(
-            "attention", "mla", kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12
-        ),
-        ffn=component("ffn", "squared_relu", hidden_dim=96),
-        embed_dim=64,
-        num_layers=2,
-        num_heads=4,
-        max_seq_len=64,
-        init_std=0.15,
-    )
+    return tiny_plm(101)
 
 
 def small_llama() -> Decoder:
-    torch.manual_seed(0)
-    return llama(
-        101,
-        attention=component("attention", "gqa", num_kv_heads=2),
-        ffn=component("ffn", "swiglu", hidden_dim=96),
-        embed_dim=64,
-        num_layers=2,
-        num_heads=4,
-        max_seq_len=64,
-        init_std=0.15,
-    )
+    return tiny_llama(101)
 
 
 MODELS = {"plm": small_plm, "llama": small_llama}

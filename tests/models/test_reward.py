@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_models import tiny_llama
 from torch import nn
 
 from plmtune.errors import UserError
 from plmtune.models.checkpoint_files import locate
 from plmtune.models.hf import load_model, load_state, save_model
-from plmtune.models.llama import llama
 from plmtune.models.plm import plm
 from plmtune.models.reward import head_scores, load_reward_model, score
 from plmtune.modules.decoder import Decoder
@@ -19,18 +19,7 @@ from plmtune.registry import component
 
 
 def tiny(tie_embeddings: bool = True, head: bool = True) -> Decoder:
-    torch.manual_seed(0)
-    model = llama(
-        50,
-        attention=component("attention", "gqa", num_kv_heads=2),
-        ffn=component("ffn", "swiglu", hidden_dim=40),
-        embed_dim=32,
-        num_layers=2,
-        num_heads=4,
-        max_seq_len=24,
-        tie_embeddings=tie_embeddings,
-        init_std=0.3,
-    )
+    model = tiny_llama(50, hidden_dim=40, embed_dim=32, max_seq_len=24, tie_embeddings=tie_embeddings, init_std=0.3)
     if head:
         model.add_score_head()
     return model.eval()
