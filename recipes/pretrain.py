@@ -45,6 +45,8 @@ METRICS = ("validation_loss", "ema_validation_loss", "bits_per_byte", r"sparsity
 
 def plan(cfg: Config, runtime: Runtime, *, fetch: bool = False) -> TrainingPlan:
     """Check components and numbers of a config, and plan its steps and memory; look at no file of its data."""
+    if cfg.init and cfg.init_from:
+        raise UserError(f"key init: the weights are those of init_from={cfg.init_from}. Leave one of the two out.")
     loss = checks.build_loss(cfg.loss, ["tokens"])
     tokenizer = checks.find_tokenizer(cfg.tokenizer, fetch=fetch)
     model = checks.build_on_meta(cfg.model, tokenizer)
@@ -84,7 +86,8 @@ class Pretrain:
         self.data = open_batches(cfg, runtime, train, plan.phases, held_out, self.skip)
         self.model = plan.model.to_empty(device=runtime.device)
         self.model.activation_checkpointing = cfg.runtime.activation_checkpointing
-        self.model.init_weights(torch.Generator().manual_seed(cfg.seed))
+        drawn = build("init", cfg.init) if cfg.init else None
+        self.model.init_weights(torch.Generator().manual_seed(cfg.seed), drawn)
         if init:
             load_state(self.model, init.directory)
             check_finite(self.model, init.name)

@@ -208,6 +208,7 @@ class PretrainConfig(TrainingConfig):
     phases: list[PhaseConfig] = field(default_factory=list)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
+    init: Component | None = None  # standard deviations of a model from scratch; null: the model's init_std for all
     num_workers: Annotated[int, Range(0, most=256)] = 0  # threads that make steps ahead; 0: none
     preparation: PreparationConfig = field(default_factory=PreparationConfig)
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from plmtune.modules.attention_kernels import mark_for_compile
 from plmtune.modules.cache import Cache, LayerCache, SharedPrefix
-from plmtune.modules.initial_weights import draw_weights
+from plmtune.modules.initial_weights import Init, draw_weights
 from plmtune.modules.linear import linear
 from plmtune.modules.norm import autocast_active
 from plmtune.modules.peft import effective_weight
@@ -185,13 +185,13 @@ class Decoder(nn.Module):
         """Allocate weights that were on the meta device; as torch's own, which imports sympy: half a CPU second."""
         return self._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device), recurse=recurse)
 
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
+    def init_weights(self, generator: torch.Generator | None = None, init: Init | None = None) -> None:
         """Draw all matrices from N(0, init_std); set norms to factors of 1 and biases to 0.
 
-        With a generator the numbers are the same for any number of processes: each draws whole matrices, one
-        at a time, and keeps its shard.
+        An init gives a factor of init_std for each matrix. With a generator the numbers are the same for any number of
+        processes: each draws whole matrices, one at a time, and keeps its shard.
         """
-        draw_weights(self, self.init_std, generator)
+        draw_weights(self, self.init_std, generator, init, len(self.layers))
 
     def computation(self) -> dict[str, Any]:
         """What decides a result besides the weights' numbers: each module's class, settings and shapes."""

@@ -1,18 +1,80 @@
-"""The numbers that a model starts with."""
+"""The numbers that a model starts with.
+
+An init says how far the standard deviation of each matrix is from the model's `init_std`. The four are those that
+PanGu-pi Pro compares (arXiv 2402.02791, section 3.3) at 1B parameters and 50B tokens; its mean scores stand beside
+them. The paper names GPT-2's and InternLM's without their formulas, which here are those of their code.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from plmtune.modules.sharding import is_sharded, shard_like
+from plmtune.registry import register
+
+Init = Callable[[str, int], float]  # a parameter's name, and the number of layers -> a factor of init_std
+
+
+@register("init", "constant")
+def constant() -> Init:
+    """std = init_std for every matrix (42.59); what a model has without an init."""
+    return lambda name, num_layers: 1.0
+
+
+@register("init", "gpt2")
+def gpt2() -> Init:
+    """GPT-2's: std = init_std / sqrt(2 num_layers) for the output projections of attention and FFN (42.13).
+
+    Each of the 2 num_layers parts adds to the residual stream, which then has the variance of one of them.
+    """
+    return lambda name, num_layers: (2 * num_layers) ** -0.5 if _place(name)[1] in _OUTPUTS else 1.0
+
+
+@register("init", "internlm")
+def internlm() -> Init:
+    """InternLM2's: std = init_std / sqrt(2 l) in layer l = 1, 2, ... for attention's output projection and all matrices
+    of the FFN (41.19; `reset_attn_parameters` of its training code).
+    """
+
+    def factor(name: str, num_layers: int) -> float:
+        layer, part = _place(name)
+        return (2 * layer) ** -0.5 if part == _OUTPUTS[0] or part.startswith("ffn.") else 1.0
+
+    return factor
+
+
+@register("init", "depth")
+def depth() -> Init:
+    """Depth-dependent: std = init_std / sqrt(2 l) in layer l = 1, 2, ... for the output projections of attention and
+    FFN (42.94). The form is OLMo's and torchtitan's (`depth_init`).
+    """
+
+    def factor(name: str, num_layers: int) -> float:
+        layer, part = _place(name)
+        return (2 * layer) ** -0.5 if part in _OUTPUTS else 1.0
+
+    return factor
+
+
+_OUTPUTS = ("attention.o_proj", "ffn.down_proj")
+
+
+def _place(name: str) -> tuple[int, str]:
+    """(layer, from 1 on, module inside it) of ``layers.0.ffn.up_proj.weight``; (0, "") of what is in no layer."""
+    found = re.fullmatch(r"layers\.(\d+)\.(.+)\.weight", name)
+    return (int(found[1]) + 1, found[2]) if found else (0, "")
 
 
 @torch.no_grad()
-def draw_weights(model: nn.Module, std: float, generator: torch.Generator | None) -> None:
-    """`Decoder.init_weights`, with matrices from N(0, std).
+def draw_weights(
+    model: nn.Module, std: float, generator: torch.Generator | None, init: Init | None = None, num_layers: int = 1
+) -> None:
+    """`Decoder.init_weights`, with matrices from N(0, std init(name, num_layers)).
 
     A module's `initial` says what parameters of its own start with instead: {name: a number, or a vector}. Matrices of
     a module that is `drawn_last` are drawn after all others, which are then the same as without it.
@@ -31,12 +93,15 @@ def draw_weights(model: nn.Module, std: float, generator: torch.Generator | None
             whole = torch.as_tensor(initial[name], dtype=parameter.dtype, device=parameter.device)
             whole = whole.expand(parameter.shape).contiguous()
             parameter.copy_(shard_like(whole, parameter) if is_sharded(parameter) else whole)
-        elif parameter.ndim < 2:
+            continue
+        if parameter.ndim < 2:
             parameter.fill_(0.0 if name.endswith("bias") or name in offsets else 1.0)
-        elif generator is None and not is_sharded(parameter):
-            parameter.normal_(0.0, std)
+            continue
+        own = std if init is None else std * init(name, num_layers)
+        if generator is None and not is_sharded(parameter):
+            parameter.normal_(0.0, own)
         else:
             device = generator.device if generator is not None else parameter.device
             whole = torch.empty(parameter.shape, dtype=torch.float32, device=device)
-            whole.normal_(0.0, std, generator=generator)
+            whole.normal_(0.0, own, generator=generator)
             parameter.copy_(shard_like(whole, parameter) if is_sharded(parameter) else whole)

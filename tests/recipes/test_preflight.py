@@ -270,6 +270,11 @@ class TestMistakes:
         assert said in agree(plain, key, value)
         assert agree(plain, key, right) == ""
 
+    def test_an_init_of_weights_that_are_given_is_refused_by_all_roads(self, place: Path) -> None:
+        plain = to_plain(composed("pretrain", "init=depth"))
+        assert "key init: the weights are those of init_from=base" in agree(plain, "init_from", "base")
+        assert agree(plain, "init_from", None) == ""
+
     @pytest.mark.parametrize(
         ("key", "value", "right"),
         [("runtime.compile", True, False), ("optimizer", {"component": "adamw_8bit"}, {"component": "adamw"})],
