@@ -32,6 +32,7 @@ from plmtune.models.checkpoint_files import checkpoint_directory
 from plmtune.models.hf_config import read_formats
 from plmtune.modules.quantized import install
 from plmtune.registry import describe_components
+from plmtune.training.batch_rule import show_batch_rule
 from plmtune.training.runtime import Runtime
 from plmtune.units import show_bytes, show_count, show_number, show_number_of
 
@@ -263,6 +264,9 @@ def predict_training(cfg: TrainingConfig, train_on: str) -> dict[str, Any]:
         )
     else:
         lines.append("  how many tokens its pairs have is known when they are read")
+    lr = cfg.optimizer.settings.get("lr") if cfg.optimizer and cfg.recipe == "pretrain" else None
+    if lr is not None and (rule := show_batch_rule(found.tokens_per_step, lr)):
+        lines.append(f"  {rule}")
     return {
         "device": device.key,
         "memory": memory,
