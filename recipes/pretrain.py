@@ -27,6 +27,7 @@ from plmtune.training import launcher
 from plmtune.training import preflight as checks
 from plmtune.training.checkpoint import Checkpoints
 from plmtune.training.determinism import measure_cost
+from plmtune.training.effective_dimension import EffectiveDimension
 from plmtune.training.ema import Ema
 from plmtune.training.guard import Guard, handle_skip
 from plmtune.training.init_from import check_finite, find_init_checkpoint
@@ -40,7 +41,7 @@ from plmtune.training.teacher import TERMS
 from plmtune.training.trainer_state import TrainerState, best_checkpoint_notes, load_optimizer_state
 
 CONFIG = "pretrain"  # conf/pretrain.yaml
-METRICS = ("validation_loss", "ema_validation_loss", "bits_per_byte", r"sparsity/\d+")  # of a validation, as patterns
+METRICS = ("validation_loss", "ema_validation_loss", "bits_per_byte", r"(sparsity|effective_dimension)/\d+")  # patterns
 
 
 def plan(cfg: Config, runtime: Runtime, *, fetch: bool = False) -> TrainingPlan:
@@ -225,7 +226,10 @@ class Pretrain:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Held-out loss in nats a token, bits a byte, and the share of exact zeros of each squared ReLU."""
+        """Held-out loss in nats a token, bits a byte, and the share of exact zeros of each squared ReLU.
+
+        With validation.effective_dimension also how many principal components each layer's output has.
+        """
         self.model.eval()
         layers = [layer.ffn for layer in self.model.layers if hasattr(layer.ffn, "record_sparsity")]
         for ffn in layers:
@@ -233,9 +237,11 @@ class Pretrain:
         device = self.runtime.device
         nats, count, num_bytes = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
         zeros = torch.zeros(len(layers), dtype=torch.float64, device=device)
+        dimensions = EffectiveDimension(self.model, wanted=self.cfg.validation.effective_dimension)
         for batch in self.data.validation(self.cfg.validation.tokens):
             batch = batch.to(device)
-            nats += self._loss(batch)
+            with dimensions.of(batch.targets >= 0):
+                nats += self._loss(batch)
             valid = batch.targets[batch.targets >= 0]
             count += valid.numel()
             num_bytes += self.token_bytes[valid].sum()
@@ -251,6 +257,7 @@ class Pretrain:
             "validation_loss": total / tokens,
             "bits_per_byte": total / math.log(2) / length,
             **{f"sparsity/{index}": share / tokens for index, share in enumerate(shares)},
+            **dimensions.metrics(),
         }
 
     def save_checkpoint(self, metrics: dict[str, float], *, wait: bool) -> None:

@@ -77,6 +77,13 @@ class ValidationConfig:
 
 
 @dataclass
+class PretrainValidationConfig(ValidationConfig):
+    """What else pretraining measures."""
+
+    effective_dimension: bool = False  # of each layer's output
+
+
+@dataclass
 class EvaluationConfig:
     """Tasks of lm-eval to measure while training; every=0 means only at the end."""
 
@@ -208,6 +215,7 @@ class PretrainConfig(TrainingConfig):
     phases: list[PhaseConfig] = field(default_factory=list)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
+    validation: PretrainValidationConfig = field(default_factory=PretrainValidationConfig)
     init: Component | None = None  # standard deviations of a model from scratch; null: the model's init_std for all
     num_workers: Annotated[int, Range(0, most=256)] = 0  # threads that make steps ahead; 0: none
     preparation: PreparationConfig = field(default_factory=PreparationConfig)

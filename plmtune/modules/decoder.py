@@ -19,7 +19,7 @@ from plmtune.modules.quantized import Quantized, QuantizedEmbedding, QuantizedLi
 from plmtune.modules.segments import Segments
 from plmtune.ranges import WIDTH, Range, check
 
-_NOT_COMPUTED = ("training", "activation_checkpointing")
+_NOT_COMPUTED = ("training", "activation_checkpointing", "observe")
 _SETTING = (int, float, str, tuple, type(None))
 
 
@@ -101,6 +101,8 @@ class Decoder(nn.Module):
         source_keys: config.json of the checkpoint that it was read from, empty for another model.
         quantization: the scheme that its quantized layers come from, as plain data; empty where none are.
         native: a `plmtune.native.NativeDecoder`, which computes single tokens on a CPU; None: the modules do.
+        observe: called with the number of each layer and its output, [b, s, d]; None: nothing is. Native decoding does
+            not call it.
 
     Raises:
         ValueError: for a size below 1.
@@ -149,6 +151,7 @@ class Decoder(nn.Module):
         self.source_keys: dict[str, Any] = {}
         self.quantization: dict[str, Any] = {}
         self.native: Any = None  # it imports this file
+        self.observe: Callable[[int, Tensor], None] | None = None
         # `init_weights` draws the numbers. On the meta device a draw by nn.Embedding imports dynamo: a CPU second.
         self.tok_embeddings = nn.Embedding(vocab_size, embed_dim, _weight=torch.empty(vocab_size, embed_dim))
         self.pos_embeddings = None
@@ -348,6 +351,8 @@ class Decoder(nn.Module):
             else:
                 kept = cache.layer(index) if cache is not None else None
                 x = layer(x, mask=mask, input_pos=input_pos, cache=kept, **of_tokens)
+            if self.observe is not None:
+                self.observe(index, x)
         if cache is not None:
             cache.advance(s)
         x = self.finish(x)
