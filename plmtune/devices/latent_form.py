@@ -56,20 +56,22 @@ def of_file(path: Path) -> tuple[Form, Form, bool] | None:
     return Form(cached["plm"], sizes[0]), Form(cached["deepseek2"], sizes[1]), is_second
 
 
-def cached_numbers(file: GGUFFile, form: str) -> int:
-    """Numbers a token in llama.cpp's cache of a file of the architecture plm or deepseek2, if it were `form`."""
+def cached_numbers(file: GGUFFile, form: str | None = None) -> int:
+    """Numbers a token in llama.cpp's cache of a file; of one that is plm or deepseek2, also if it were `form`."""
     architecture = file.metadata.get("general.architecture")
 
     def number(key: str, default: int = 0) -> int:
         value = file.metadata.get(f"{architecture}.{key}", default)
         return value if type(value) is int else default
 
-    if form == "deepseek2":
+    if (form or architecture) == "deepseek2":
         return number("block_count") * (number("attention.kv_lora_rank") + number("rope.dimension_count"))
     mla = "_mla" if architecture == "deepseek2" else ""
     heads = number("attention.head_count")
-    widths = number(f"attention.key_length{mla}") + number(f"attention.value_length{mla}")
-    return number("block_count") * heads * widths
+    kv_heads = heads if mla else number("attention.head_count_kv", heads)
+    width = number("embedding_length") // max(heads, 1)
+    widths = number(f"attention.key_length{mla}", width) + number(f"attention.value_length{mla}", width)
+    return number("block_count") * kv_heads * widths
 
 
 def comparison(own: Form, other: Form, context: int) -> str:

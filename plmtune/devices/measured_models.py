@@ -149,19 +149,7 @@ def _stored(path: Path) -> tuple[int | None, int | None, str]:
         looked_up = "token_embd.weight" if "output.weight" in file.tensors else ""
         read = sum(tensor.num_bytes for name, tensor in file.tensors.items() if name != looked_up)
         kinds = file.kinds()
-        keys, architecture = file.metadata, file.metadata.get("general.architecture")
-
-        def number(key: str, default: int = 0) -> int:
-            value = keys.get(f"{architecture}.{key}", default)
-            return value if isinstance(value, int) else default
-
-        heads = number("attention.head_count")
-        width = number("embedding_length") // max(heads, 1)
-        widths = number("attention.key_length", width) + number("attention.value_length", width)
-        # Keys and values of all heads in 16 bits, also of MLA but in one architecture.
-        cache = 2 * number("block_count") * number("attention.head_count_kv", heads) * widths
-        if architecture == "deepseek2":
-            cache = 2 * cached_numbers(file, architecture)
+        cache = 2 * cached_numbers(file)  # in 16 bits
     return read, cache or None, next(iter(kinds))
 
 

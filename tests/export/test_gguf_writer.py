@@ -12,12 +12,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from made_sentencepiece import written
 from saved_adapters import save_adapter
 from torch import Tensor
 
 import plmtune
 from plmtune.errors import UserError
-from plmtune.export import gguf_writer
+from plmtune.export import gguf_vocabulary, gguf_writer
 from plmtune.export.gguf_writer import write_gguf, write_gguf_adapter
 from plmtune.export.runtimes import open_runtime
 from plmtune.models.gguf import convert
@@ -409,19 +410,11 @@ class TestSmolLM2:
 def test_text_is_cut_as_llama_cpp_cuts_it_by_each_name(
     pre: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gguf_writer, "PRE_TOKENIZERS", {pre: PRE_TOKENIZERS[pre]})
+    monkeypatch.setattr(gguf_vocabulary, "PRE_TOKENIZERS", {pre: PRE_TOKENIZERS[pre]})
     held = bundled().vocabulary
     ranks = {token: rank for rank, token in enumerate(held.tokens)}
     tokenizer = Tokenizer(from_ranks(ranks, PRE_TOKENIZERS[pre][0], None, ["<|endoftext|>"], "cut"))
-    model = llama(
-        tokenizer.vocab_size,
-        attention=component("attention", "mha"),
-        ffn=component("ffn", "swiglu", hidden_dim=32),
-        embed_dim=32,
-        num_layers=1,
-        num_heads=2,
-    )
-    write_gguf(model, tokenizer, tmp_path / "a.gguf", kind="F32")
+    written(tokenizer, tmp_path / "a.gguf", rows=tokenizer.vocab_size)
     assert keys_of(tmp_path / "a.gguf")["tokenizer.ggml.pre"] == pre
     text = "In 2024, 1,234 cats'll   sit\n\n\tdef f(x):\n  x**2 # ünïcödé 你好 ½ \r\n WE'LL 12345.678 !!! नमस्ते  \u3000 "
     with open_runtime(tmp_path / "a.gguf", prefer="xllamacpp", threads=1, context=32) as runtime:
@@ -438,15 +431,7 @@ class TestIds:
         if not ranks.is_file():
             pytest.skip("../shared/data, which holds Qwen's ranks and texts, is not there")
         tokenizer = file(str(ranks), pattern=pattern)
-        model = llama(
-            tokenizer.vocab_size,
-            attention=component("attention", "mha"),
-            ffn=component("ffn", "swiglu", hidden_dim=32),
-            embed_dim=32,
-            num_layers=1,
-            num_heads=2,
-        )
-        write_gguf(model, tokenizer, tmp_path / "a.gguf", kind="F16")
+        written(tokenizer, tmp_path / "a.gguf", rows=tokenizer.vocab_size)
         texts = [
             (shared / "pretrain" / name).read_text(encoding="utf-8")[:100_000]
             for name in ("wikitext2_valid.txt", "zh_poetry_10mb.txt", "python311_docs_rst_11mb.txt")

@@ -20,6 +20,7 @@ from gguf.quants import dequantize
 from gguf.quants import quantize as gguf_quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import tiny_llama, tiny_plm
 from torch import Tensor
 
 from plmtune.errors import UserError
@@ -37,13 +38,11 @@ from plmtune.export.verify import Check, Report, verify
 from plmtune.export.verify_text import compare_ids, compare_prompts
 from plmtune.models.gguf_layout import to_halves
 from plmtune.models.hf import load_model, save_model
-from plmtune.models.llama import llama
-from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.norm import RMSNorm
 from plmtune.modules.quantized import Format
 from plmtune.quantization.quantize import quantize, quantize_module
-from plmtune.registry import component, load
+from plmtune.registry import load
 from plmtune.tokenizers import tokenizer_files
 from plmtune.tokenizers.chat_template import ChatTemplate
 from plmtune.tokenizers.message import Message
@@ -54,35 +53,13 @@ IDS = bundled().encode("def read(path):\n    with open(path) as file:\n        r
 
 
 def make_plm(**settings: Any) -> Decoder:
-    torch.manual_seed(0)
-    options = {"rope_theta": 100000.0} | settings
-    return plm(
-        bundled().vocab_size,
-        attention=component(
-            "attention", "mla", kv_lora_rank=32, qk_nope_head_dim=8, qk_rope_head_dim=16, v_head_dim=16, **options
-        ),
-        ffn=component("ffn", "squared_relu", hidden_dim=64),
-        embed_dim=32,
-        num_layers=2,
-        num_heads=2,
-        max_seq_len=128,
-        init_std=0.15,
-    ).eval()
+    mla = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 16, "v_head_dim": 16, "rope_theta": 100000.0} | settings
+    return tiny_plm(bundled().vocab_size, mla=mla, hidden_dim=64, embed_dim=32, num_heads=2, max_seq_len=128).eval()
 
 
 def make_llama(*, tie_embeddings: bool = True, **settings: Any) -> Decoder:
-    torch.manual_seed(0)
-    return llama(
-        bundled().vocab_size,
-        attention=component("attention", "gqa", num_kv_heads=2, head_dim=16, **settings),
-        ffn=component("ffn", "swiglu", hidden_dim=64),
-        embed_dim=32,
-        num_layers=2,
-        num_heads=4,
-        max_seq_len=128,
-        tie_embeddings=tie_embeddings,
-        init_std=0.15,
-    ).eval()
+    sizes = {"embed_dim": 32, "max_seq_len": 128, "tie_embeddings": tie_embeddings}
+    return tiny_llama(bundled().vocab_size, gqa={"head_dim": 16} | settings, hidden_dim=64, **sizes).eval()
 
 
 MAKE = {"plm": make_plm, "llama": make_llama}

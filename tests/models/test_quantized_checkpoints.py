@@ -8,16 +8,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_plm
 
 import plmtune
 from plmtune.errors import UserError
 from plmtune.models.adapters import load_adapter
 from plmtune.models.hf import load_model, load_state, save_model
 from plmtune.models.hf_config import read_formats, read_model_config
-from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, Quantized, install
-from plmtune.registry import component
 from plmtune.tokenizers.tokenizer_files import byte
 
 FORMATS = {
@@ -30,17 +29,7 @@ FORMATS = {
 
 
 def plain() -> Decoder:
-    torch.manual_seed(0)
-    mla = component("attention", "mla", kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12)
-    return plm(
-        byte().vocab_size,
-        attention=mla,
-        ffn=component("ffn", "squared_relu", hidden_dim=96),
-        embed_dim=64,
-        num_layers=2,
-        num_heads=4,
-        max_seq_len=64,
-    ).eval()
+    return tiny_plm(byte().vocab_size, init_std=0.02).eval()
 
 
 def quantized() -> Decoder:

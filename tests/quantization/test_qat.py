@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_llama, tiny_plm
 from torch import Tensor, nn
 
 from plmtune.config.compose import build
 from plmtune.errors import UserError
 from plmtune.models.hf import load_model, save_model
-from plmtune.models.llama import llama
-from plmtune.models.plm import plm
 from plmtune.modules.peft import effective_weight
 from plmtune.modules.quantized import Format
 from plmtune.quantization import qat
@@ -25,35 +24,15 @@ FORMATS = ["int8", "int4_g16", "int4_g32", "int8_dynamic_int8", "int8_dynamic_in
 
 
 def small_plm(**settings: Any) -> Any:
-    model = plm(
-        80,
-        attention=component(
-            "attention", "mla", kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16
-        ),
-        ffn=component("ffn", "squared_relu", hidden_dim=64),
-        embed_dim=32,
-        num_layers=2,
-        num_heads=2,
-        max_seq_len=32,
-        init_std=0.15,
-        **settings,
-    )
+    sizes = {"embed_dim": 32, "num_heads": 2, "max_seq_len": 32}
+    model = tiny_plm(80, mla={"v_head_dim": 16}, hidden_dim=64, **sizes, **settings)
     model.init_weights(torch.Generator().manual_seed(1))
     return model
 
 
 def small_llama() -> Any:
-    model = llama(
-        80,
-        attention=component("attention", "gqa", num_kv_heads=1),
-        ffn=component("ffn", "swiglu", hidden_dim=64),
-        embed_dim=32,
-        num_layers=1,
-        num_heads=2,
-        max_seq_len=32,
-        tie_embeddings=False,
-        init_std=0.15,
-    )
+    sizes = {"embed_dim": 32, "num_layers": 1, "num_heads": 2, "max_seq_len": 32, "tie_embeddings": False}
+    model = tiny_llama(80, gqa={"num_kv_heads": 1}, hidden_dim=64, **sizes)
     model.init_weights(torch.Generator().manual_seed(1))
     return model
 

@@ -9,6 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from plmtune.recipes import quantize
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_plm
 from tuning import stop_in
 
 import plmtune
@@ -17,11 +18,9 @@ from plmtune.config import compose
 from plmtune.errors import UserError
 from plmtune.models import text_loss
 from plmtune.models.hf import save_model
-from plmtune.models.plm import plm
 from plmtune.modules.quantized import Quantized
 from plmtune.quantization import sensitivity
 from plmtune.quantization.schemes import int4
-from plmtune.registry import component
 from plmtune.tokenizers.tokenizer_files import bundled
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 80
@@ -32,20 +31,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a small model, and text of some thousand tokens."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PLMTUNE_KERNELS", "reference")
-    torch.manual_seed(0)
-    tokenizer = bundled()
-    model = plm(
-        tokenizer.vocab_size,
-        attention=component(
-            "attention", "mla", kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16
-        ),
-        ffn=component("ffn", "squared_relu", hidden_dim=64),
-        embed_dim=32,
-        num_layers=2,
-        num_heads=2,
-        max_seq_len=64,
-        init_std=0.15,
-    )
+    tokenizer, mla = bundled(), {"qk_rope_head_dim": 16, "v_head_dim": 16}
+    model = tiny_plm(tokenizer.vocab_size, mla=mla, hidden_dim=64, embed_dim=32, num_heads=2)
     save_model(model, None, tmp_path / "base")
     tokenizer.save(tmp_path / "base")
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
