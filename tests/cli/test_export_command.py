@@ -1,6 +1,7 @@
 """plmtune export: files that other programs run, verified, and mistakes told before work starts."""
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from plmtune.errors import UserError
 from plmtune.export import export_model as export_run
 from plmtune.export import verify
 
+Command = Callable[..., tuple[int, str, str]]
+
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -20,48 +23,47 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    return partial(run, monkeypatch, capsys)
+
+
 def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
 class TestGguf:
-    def test_an_export_is_verified_and_says_how_it_is_run(
-        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        code, out, err = run(monkeypatch, capsys, "export", "small", "--to", "gguf", "--quant", "f32")
+    def test_an_export_is_verified_and_says_how_it_is_run(self, folder: Path, command: Command) -> None:
+        code, out, err = command("export", "small", "--to", "gguf", "--quant", "f32")
         assert code == 0, err
         assert files(folder / "exports") == ["small-F32.gguf"]
         assert "KL from the export's own numbers" in out and "verified: it is" in out and "-fa off" in out
 
-    def test_a_modelfile_lies_beside_the_file(
-        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_a_modelfile_lies_beside_the_file(self, folder: Path, command: Command) -> None:
         words = ("export", "small", "--to", "gguf", "--ollama", "--no-verify")
-        code, out, err = run(monkeypatch, capsys, *words)
+        code, out, err = command(*words)
         assert code == 0, err
         assert files(folder / "exports") == ["small-F16.gguf", "small-F16.gguf.Modelfile"]
         written = (folder / "exports" / "small-F16.gguf.Modelfile").read_text()
         assert written.startswith('FROM ./small-F16.gguf\nTEMPLATE """') and "PARAMETER stop" in written
         assert "ollama create small -f exports/small-F16.gguf.Modelfile" in " ".join(out.split())
         (folder / "exports" / "small-F16.gguf").unlink()
-        code, out, err = run(monkeypatch, capsys, *words)
+        code, out, err = command(*words)
         assert (code, "small-F16.gguf.Modelfile is there already" in err) == (2, True)
         for more in (("--to", "hf"), ("--to", "gguf", "--adapters", "keep")):
-            code, out, err = run(monkeypatch, capsys, "export", "small", "--ollama", *more)
+            code, out, err = command("export", "small", "--ollama", *more)
             assert (code, "--ollama: only --to gguf of a whole model has a Modelfile." in err) == (2, True)
 
-    def test_a_plm_as_deepseek2_has_flash_attention(
-        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_a_plm_as_deepseek2_has_flash_attention(self, folder: Path, command: Command) -> None:
         words = ("export", "small", "--to", "gguf", "--as", "deepseek2", "--quant", "f32")
-        code, out, err = run(monkeypatch, capsys, *words)
+        code, out, err = command(*words)
         assert code == 0, err
         assert files(folder / "exports") == ["small-deepseek2-F32.gguf"]
         assert "KL with flash attention" in out and "-fa off" not in out
         assert "are a second copy of each layer's up projection" in out
 
     def test_a_file_that_fails_is_kept_under_another_name_beside_those_that_pass(
-        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, command: Command
     ) -> None:
         write = export_run.write_gguf
 
@@ -73,7 +75,7 @@ class TestGguf:
 
         monkeypatch.setattr(export_run, "write_gguf", broken)
         words = ("export", "small", "--to", "gguf", "--quant", "f32,f16")
-        code, out, err = run(monkeypatch, capsys, *words)
+        code, out, err = command(*words)
         assert code == 1
         assert files(folder / "exports") == ["small-F16.gguf", "small-F32.gguf.unverified"]
         assert "kept under this name because its verification failed" in out and "FAILED" in out
@@ -81,30 +83,28 @@ class TestGguf:
         assert (out + err).count(cause) == err.count(cause) == 1
         # It can be verified again under that name, and is not written over without a word.
         failed = folder / "exports" / "small-F32.gguf.unverified"
-        code, out, err = run(monkeypatch, capsys, "verify", failed, "--against", "small", "--positions", 8)
+        code, out, err = command("verify", failed, "--against", "small", "--positions", 8)
         assert (code, cause in err) == (1, True)
         (folder / "exports" / "small-F16.gguf").unlink()
-        code, out, err = run(monkeypatch, capsys, *words)
+        code, out, err = command(*words)
         assert (code, "small-F32.gguf.unverified is there already" in err) == (2, True)
 
     def test_a_file_that_cannot_be_verified_is_kept_with_the_reason(
-        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, command: Command
     ) -> None:
         def fails(path: Path, *rest: object, **settings: object) -> None:
             raise UserError(f"{path} holds numbers that are not finite.")
 
         monkeypatch.setattr(verify, "verify", fails)
-        code, _, err = run(monkeypatch, capsys, "export", "small", "--to", "gguf", "--quant", "f32")
+        code, _, err = command("export", "small", "--to", "gguf", "--quant", "f32")
         assert code == 1 and "small-F32.gguf holds numbers that are not finite" in err
         assert files(folder / "exports") == ["small-F32.gguf.unverified"]
 
 
 class TestHuggingFace:
-    def test_a_plm_as_a_deepseek_is_verified_in_transformers(
-        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_a_plm_as_a_deepseek_is_verified_in_transformers(self, folder: Path, command: Command) -> None:
         words = ("export", "small", "--to", "hf", "--as", "deepseek", "--quant", "fp32")
-        code, out, err = run(monkeypatch, capsys, *words)
+        code, out, err = command(*words)
         assert code == 0, err
         assert (folder / "exports" / "small-deepseek-fp32" / "config.json").is_file()
         assert "vllm serve" in out
@@ -124,54 +124,43 @@ class TestMistakes:
         ],
     )
     def test_is_told_before_anything_is_written(
-        self,
-        folder: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
-        words: tuple[str, ...],
-        said: str,
+        self, folder: Path, command: Command, words: tuple[str, ...], said: str
     ) -> None:
-        code, _, err = run(monkeypatch, capsys, "export", "small", *words)
+        code, _, err = command("export", "small", *words)
         assert code == 2
         assert said in err
         assert not files(folder / "exports")
 
-    def test_a_file_that_is_there_is_kept(
-        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_a_file_that_is_there_is_kept(self, folder: Path, command: Command) -> None:
         (folder / "exports").mkdir()
         (folder / "exports" / "small-F32.gguf").write_text("mine")
-        code, _, err = run(monkeypatch, capsys, "export", "small", "--to", "gguf", "--quant", "f32")
+        code, _, err = command("export", "small", "--to", "gguf", "--quant", "f32")
         assert code == 2 and "is there already" in err and "--overwrite" in err
         assert (folder / "exports" / "small-F32.gguf").read_text() == "mine"
 
     @pytest.mark.parametrize("name", ["small-hf", "small-hf.unverified", "small-F16.gguf"])
-    def test_a_directory_that_is_no_export_is_kept_in_any_case(
-        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
-    ) -> None:
+    def test_a_directory_that_is_no_export_is_kept_in_any_case(self, folder: Path, command: Command, name: str) -> None:
         kept = folder / "exports" / name / "notes.txt"
         kept.parent.mkdir(parents=True)
         kept.write_text("mine")
         to = "hf" if "hf" in name else "gguf"
-        code, _, err = run(monkeypatch, capsys, "export", "small", "--to", to, "--overwrite")
+        code, _, err = command("export", "small", "--to", to, "--overwrite")
         said = "holds something else than a model" if to == "hf" else "is a directory, and this form is a file"
         assert code == 2 and said in err and kept.read_text() == "mine" and files(folder / "exports") == [name]
 
-    def test_the_checkpoint_itself_is_never_replaced(
-        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_the_checkpoint_itself_is_never_replaced(self, folder: Path, command: Command) -> None:
         (folder / "small").rename(folder / "small-hf")
         before = {file: file.read_bytes() for file in (folder / "small-hf").iterdir()}
         words = ("export", "small-hf", "--to", "hf", "--out", ".", "--name", "small", "--overwrite")
-        code, _, err = run(monkeypatch, capsys, *words)
+        code, _, err = command(*words)
         assert code == 2 and "holds the checkpoint that is exported" in err
         assert before == {file: file.read_bytes() for file in (folder / "small-hf").iterdir()}
 
     def test_a_full_disk_is_told_of_first(
-        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, command: Command
     ) -> None:
         monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10})())
-        code, _, err = run(monkeypatch, capsys, "export", "small", "--to", "gguf", "--quant", "f32")
+        code, _, err = command("export", "small", "--to", "gguf", "--quant", "f32")
         assert code == 2 and "its disk has 10 B left" in err
 
     @pytest.mark.parametrize(
@@ -184,13 +173,8 @@ class TestMistakes:
         ],
     )
     def test_a_missing_package_is_named(
-        self,
-        folder: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
-        words: tuple[str, ...],
-        said: str,
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, command: Command, words: tuple[str, ...], said: str
     ) -> None:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        code, _, err = run(monkeypatch, capsys, "export", "small", "--to", *words)
+        code, _, err = command("export", "small", "--to", *words)
         assert code == 2 and said in err
