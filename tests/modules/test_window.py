@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -67,8 +68,14 @@ def test_attention_equals_the_naive_sum(queries: int, window: int, soft_cap: flo
     torch.testing.assert_close(found, naive(q, k, v, 0.5, window, soft_cap))
 
 
+@pytest.fixture
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
 @pytest.mark.parametrize("name", NAMES)
-@torch.no_grad()
+@pytest.mark.usefixtures("no_gradients")
 class TestDecoder:
     def test_packed_texts_equal_texts_alone(self, name: str) -> None:
         made, lengths = model(name), (11, 7, 14)
