@@ -153,11 +153,6 @@ def _latent_parts(config: Mapping[str, Any], tensor: Tensor) -> tuple[Tensor, Te
     return keys, values
 
 
-def gguf_name(name: str) -> str:
-    """`layers.0.attention.q_proj.weight` -> `blk.0.attn_q.weight`, in the architectures llama and plm."""
-    return STANDARD.hf(name)
-
-
 def kv_heads(config: Mapping[str, Any]) -> int:
     """Heads of keys and values that a model's `config` asks for."""
     heads, attention = config["num_heads"], config["attention"]

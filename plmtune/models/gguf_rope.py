@@ -18,10 +18,10 @@ FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_fact
 _NONE = {"component": "none"}
 
 
-def scaling_of(attention: Mapping[str, Any]) -> RopeScaling | None:
-    """The scaling that an attention's settings describe."""
+def scaling_of(attention: Mapping[str, Any]) -> RopeScaling:
+    """The scaling that an attention's settings describe, other than none."""
     held = dict(attention["rope_scaling"])
-    made: RopeScaling | None = load("rope_scaling", held.pop("component"))(**held)
+    made: RopeScaling = load("rope_scaling", held.pop("component"))(**held)
     return made
 
 
@@ -50,7 +50,6 @@ def write_scaling(
         return {"rope.scaling.type": "linear", "rope.scaling.factor": float(held["factor"])}, {}
     if kind == "yarn":
         made = scaling_of(attention)
-        assert made is not None
         keys = {
             "rope.scaling.type": "yarn",
             "rope.scaling.factor": float(held["factor"]),
@@ -65,7 +64,6 @@ def write_scaling(
         return keys, {}
     if kind == "longrope" and factors:
         made = scaling_of(attention)
-        assert made is not None
         keys = {
             "rope.scaling.original_context_length": held["original_max_seq_len"],
             "rope.scaling.attn_factor": float(made.attention_factor),
@@ -74,7 +72,6 @@ def write_scaling(
         return keys, {name: torch.tensor(values) for name, values in lists.items()}
     if kind in ("llama3", "longrope") and freqs:
         made = scaling_of(attention)
-        assert made is not None
         plain = _plain(rope_width(config), attention["rope_theta"])
         return {}, {FREQS: (plain / made.frequencies(plain, attention["rope_theta"], made.key(longest))).float()}
     return {}, {}
@@ -164,7 +161,6 @@ def write_latent_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
     if keys.get("rope.scaling.type") != "yarn":
         return keys
     made = scaling_of(config["attention"])
-    assert made is not None
     factor = made.attention_factor
     log = math.log(max(keys["rope.scaling.factor"], 1))
     if log == 0:

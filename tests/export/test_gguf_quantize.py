@@ -12,7 +12,7 @@ from plmtune.export.gguf_writer import write_gguf
 from plmtune.export.lint import QUANTIZED, matrices, stored_type
 from plmtune.export.runtimes import open_runtime
 from plmtune.models.gguf_file import opened_gguf
-from plmtune.models.gguf_layout import gguf_name
+from plmtune.models.gguf_layout import STANDARD
 from plmtune.modules.decoder import Decoder
 from plmtune.tokenizers.tokenizer_files import byte
 
@@ -62,7 +62,7 @@ def _sizes() -> dict[str, tuple[int, int, int]]:
 
 def _in_file(name: str) -> str:
     owner = {"tok_embeddings": ""}.get(name, "layers.0.attention." if name[0] in "qko" else "layers.0.ffn.")
-    return gguf_name(f"{owner}{name}.weight")
+    return STANDARD.hf(f"{owner}{name}.weight")
 
 
 class TestRefusals:

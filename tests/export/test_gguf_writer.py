@@ -23,7 +23,7 @@ from plmtune.export.gguf_writer import write_gguf, write_gguf_adapter
 from plmtune.export.runtimes import open_runtime
 from plmtune.models.gguf import convert
 from plmtune.models.gguf_file import opened_gguf
-from plmtune.models.gguf_layout import gguf_name, to_halves, to_neighbours
+from plmtune.models.gguf_layout import STANDARD, to_halves, to_neighbours
 from plmtune.models.gguf_tokenizer import PRE_TOKENIZERS, read_tokenizer
 from plmtune.models.hf import save_model
 from plmtune.models.llama import llama
@@ -162,7 +162,7 @@ class TestFiles:
         write_gguf(model, byte(), tmp_path / "a.gguf", kind=kind)
         with opened_gguf(tmp_path / "a.gguf") as file:
             for name, tensor in model.state_dict().items():
-                held = file.tensors[gguf_name(name)]
+                held = file.tensors[STANDARD.hf(name)]
                 wanted = "F32" if tensor.ndim == 1 else kind
                 if tensor.ndim == 2 and kind[0] == "Q":
                     wanted = "F16" if tensor.shape[1] % 32 else wanted
@@ -188,7 +188,7 @@ class TestFiles:
             up = model.get_submodule("layers.0.ffn.up_proj")
             assert isinstance(up, Quantized)
             assert np.array_equal(file.read("blk.0.ffn_up.weight"), up.dequantize().numpy())
-            assert set(file.tensors) == {gguf_name(name) for name in small().state_dict()}
+            assert set(file.tensors) == {STANDARD.hf(name) for name in small().state_dict()}
         torch.testing.assert_close(in_llama_cpp(tmp_path / "a.gguf"), expected(model)[-1], rtol=0, atol=1e-4)
 
     def test_halves_and_neighbours_are_inverse(self) -> None:

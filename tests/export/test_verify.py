@@ -539,13 +539,6 @@ def with_merges_swapped() -> Tokenizer:
     )
 
 
-def with_another_template() -> Tokenizer:
-    tokenizer = bundled()
-    assert tokenizer.chat_template is not None
-    template = tokenizer.chat_template.replace("You are a helpful assistant.", "")
-    return Tokenizer(tokenizer.vocabulary, eos=tokenizer.eos, vocab_size=tokenizer.vocab_size, chat_template=template)
-
-
 def swapped(values: list[Any]) -> list[Any]:
     return [*values[:1500], values[1501], values[1500], *values[1502:]]
 

@@ -19,7 +19,7 @@ import plmtune
 from plmtune.errors import UserError
 from plmtune.models.gguf import convert
 from plmtune.models.gguf_file import opened_gguf
-from plmtune.models.gguf_layout import gguf_name
+from plmtune.models.gguf_layout import STANDARD
 from plmtune.models.gguf_tokenizer import PRE_TOKENIZERS, read_tokenizer
 from plmtune.models.llama import llama
 from plmtune.models.plm import plm
@@ -137,7 +137,7 @@ def write(
         numbers = tensor.numpy()
         if architecture == "llama" and (".q_proj" in name or ".k_proj" in name):
             numbers = permuted(numbers, config["num_heads"] if ".q_proj" in name else attention["num_kv_heads"])
-        tensors[gguf_name(name)] = numbers
+        tensors[STANDARD.hf(name)] = numbers
     change(tensors)
     for name, numbers in tensors.items():
         if numbers.ndim > 1 and kind != KINDS.F32:

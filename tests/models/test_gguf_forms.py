@@ -41,12 +41,6 @@ def tiny(**settings: Any) -> Decoder:
     return model
 
 
-def factors_of(path: Path) -> list[float]:
-    with opened_gguf(path) as file:
-        found: list[float] = file.metadata[KEY]
-    return found
-
-
 class TestFiles:
     @pytest.mark.parametrize("tie_embeddings", [True, False])
     def test_come_back_as_the_plm_that_was_written(self, tie_embeddings: bool, tmp_path: Path) -> None:
