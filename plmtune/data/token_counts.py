@@ -112,7 +112,7 @@ def _holds_conversations(path: Path, text_key: str, encoding: str) -> bool:
     return True
 
 
-def count_tokens(data: Data, *, skip_bad: bool = False, progress: bool = True) -> TokenCounts:
+def count_tokens(data: Data, *, skip_bad: bool = False) -> TokenCounts:
     """Count the tokens of data, a part of it in memory at a time.
 
     Args:
@@ -123,7 +123,7 @@ def count_tokens(data: Data, *, skip_bad: bool = False, progress: bool = True) -
     """
     total = TokenCounts(np.zeros(data.tokenizer.vocab_size, np.int64))
     refused, characters = Refused(), 0
-    with Progress(shown=progress) as line:
+    with Progress() as line:
         for shards in data.shards:
             for split in (shards.train, shards.validation):
                 for ids in _parts(split):

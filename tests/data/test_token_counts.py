@@ -41,7 +41,7 @@ def naive_chats() -> Any:
 def count(*paths: Path, **how: Any) -> Any:
     reading = {name: how.pop(name) for name in ("text_key", "separator", "format") if name in how}
     data = find_data([str(path) for path in paths], TOKENIZER, **reading)
-    return count_tokens(data, progress=False, **how).counts
+    return count_tokens(data, **how).counts
 
 
 @pytest.fixture
@@ -103,4 +103,4 @@ class TestMistakes:
             count(chats)
         assert (count(chats, skip_bad=True) == naive_chats()).all()
         data = find_data([str(chats)], TOKENIZER)
-        assert count_tokens(data, skip_bad=True, progress=False).notes == ["1 bad row left out"]
+        assert count_tokens(data, skip_bad=True).notes == ["1 bad row left out"]

@@ -2,14 +2,12 @@ import numpy as np
 import pytest
 import torch
 from made_comparisons import batches, comparisons
+from tiny_models import tiny_llama, tiny_plm
 
 from plmtune.data.preferences import Pair
 from plmtune.losses.preference import DIRECT, GIVEN_CHOSEN, GIVEN_REJECTED, MISMATCHED
-from plmtune.models.llama import llama
-from plmtune.models.plm import plm
 from plmtune.preference.comparisons import Comparison, make_batch, make_comparisons
 from plmtune.preference.refinement import Refinement, find_refinement
-from plmtune.registry import component
 from plmtune.tokenizers.chat_template import ChatTemplate, find_template
 from plmtune.tokenizers.message import Message
 from plmtune.tokenizers.tokenizer_files import bundled
@@ -222,26 +220,8 @@ class TestMakeBatch:
 
 
 MODELS = {
-    "plm": lambda: plm(
-        50,
-        attention=component("attention", "mla", kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8),
-        ffn=component("ffn", "squared_relu", hidden_dim=32),
-        embed_dim=16,
-        num_layers=2,
-        num_heads=2,
-        max_seq_len=32,
-        init_std=0.3,
-    ),
-    "llama": lambda: llama(
-        50,
-        attention=component("attention", "gqa", num_kv_heads=1),
-        ffn=component("ffn", "swiglu", hidden_dim=32),
-        embed_dim=16,
-        num_layers=2,
-        num_heads=2,
-        max_seq_len=32,
-        init_std=0.3,
-    ),
+    "plm": lambda: tiny_plm(50, hidden_dim=32, embed_dim=16, num_heads=2, max_seq_len=32, init_std=0.3),
+    "llama": lambda: tiny_llama(50, hidden_dim=32, embed_dim=16, max_seq_len=32, init_std=0.3),
 }
 
 
