@@ -57,6 +57,10 @@ _TIE, _LEAST_TIE = 8.0, 1e-3
 _WRITTEN_OTHERWISE = 0.05
 # From here on what the type costs is warned of: nats, share of tokens, relative change.
 _MUCH_KL, _MUCH_OTHER, _MUCH_PERPLEXITY = 0.1, 0.15, 0.1
+_OVERFLOW = (
+    "the runtime's numbers overflow: F16, in which it multiplies matrices of F16 and scales the blocks of many other "
+    "types, ends at 65,504; take a type without it, f32 or bf16"
+)
 # transformers norms a DeepSeek's latent with it, whatever config.json says.
 _LATENT_EPS = 1e-6
 
@@ -174,13 +178,17 @@ def _compare_numbers(
     model: Decoder,
     windows: Sequence[tuple[list[int], int]],
     contents: Contents,
-) -> tuple[Tensor, float]:
+) -> tuple[Tensor, float] | None:
     """Lay what the runtime says beside what our model says: with the export's numbers, a check; without, its cost.
 
-    Returns: what our model says with the export's numbers, of the first window, and the limit of the KL.
+    Returns: what our model says with the export's numbers, of the first window, and the limit of the KL; None if the
+        runtime's numbers overflow.
     """
     targets = torch.tensor([id for ids, last in windows for id in ids[-last:]])
     theirs = torch.cat([runtime.log_probs(ids[:-1], last, _TOP_K) for ids, last in windows])
+    if wrong := int(theirs.isnan().any(-1).sum()):
+        report.add("positions whose log-probabilities are NaN", wrong, 0, f"of {len(theirs)}", _OVERFLOW)
+        return None
     prompt = windows[0][0][: min(_PROMPT, len(windows[0][0]) - 1)]
     written = runtime.greedy(prompt, min(_WRITTEN, runtime.context - len(prompt)))
     read = [*windows, ([*prompt, *written], len(written))]

@@ -605,6 +605,19 @@ class TestGguf:
         assert causes["token ids: texts that differ"].startswith("token ")
         assert len(causes) == 3
 
+    @pytest.mark.parametrize("form, kind", [(None, "F16"), ("deepseek2", "F16"), ("deepseek2", "Q8_0")])
+    def test_numbers_beyond_f16_fail_with_their_reason(self, form: Any, kind: str, tmp_path: Path) -> None:
+        model = make_plm()
+        with torch.no_grad():  # squared, they are beyond 65,504
+            for name, weight in model.named_parameters():
+                weight.mul_(3000 if "up_proj" in name else 1)
+        save_model(model, None, tmp_path / "plm")
+        bundled().save(tmp_path / "plm")
+        write_gguf(model, bundled(), tmp_path / "a.gguf", kind=kind, as_=form)
+        report = verify(tmp_path / "a.gguf", tmp_path / "plm", positions=4, prefer="xllamacpp", threads=1)
+        (failed,) = report.failed
+        assert failed.value == 4 and "log-probabilities are NaN" in failed.name and "65,504" in report.cause
+
     def test_a_file_that_the_runtime_does_not_open_fails_with_its_reason(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -7,6 +7,7 @@ a key that only this process knows.
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import tempfile
 import urllib.error
@@ -77,7 +78,9 @@ class XLlamaCppRuntime(GgufRuntime):
         rows = torch.full((last, self.vocab_size), float("-inf"))
         for row, end in zip(rows, ends, strict=True):  # growing prompts: of each the server reads the one new token
             found = self._complete(self._ids[:end], min(top_k or self.vocab_size, self.vocab_size))
-            row[[entry["id"] for entry in found]] = torch.tensor([entry["logprob"] for entry in found])
+            # JSON has no NaN: the server writes null.
+            numbers = [math.nan if entry["logprob"] is None else entry["logprob"] for entry in found]
+            row[[entry["id"] for entry in found]] = torch.tensor(numbers)
         # They are not normalized: the server sums 50,000 probabilities in fp32, one after the other, off by 1e-4.
         return rows
 
