@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+_POINTER = b"version https://git-lfs.github.com/"
+
 
 class UserError(Exception):
     """An error that the user can correct. The command line prints it without a traceback and exits with code 2."""
@@ -31,6 +33,13 @@ def refuse_pipe(path: Path) -> None:
         raise UserError(f"{path} is a device or a pipe, which has no end or is read only once. Name a file")
 
 
+def refuse_pointer(path: Path) -> None:
+    """Refuse what Git leaves in place of a large file where Git LFS is not installed."""
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise UserError(f"{path} is a pointer of Git LFS, not the file itself. Fetch it there: git lfs pull")
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `` Did you mean X?`` with up to three near names, nearest first, or the list of all when none is near."""
     names = sorted(known)
@@ -42,14 +51,16 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def near_names(name: str, known: Iterable[str]) -> list[str]:
     """Up to three of the known names that `name` may stand for, nearest first."""
     names = sorted(known)
+    parent, dot, leaf = name.rpartition(".")
+    # Beginnings come first: temp is temperature, although system is more alike.
+    if longer := [one for one in names if len(leaf) > 2 and one != name and one.startswith(name)]:
+        return sorted(longer, key=len)[:3]
     if near := difflib.get_close_matches(name, names, n=3, cutoff=0.6):
         # Only names that are nearly as close as the closest.
         least = difflib.SequenceMatcher(None, near[0], name).ratio() - 0.12
         return [one for one in near if difflib.SequenceMatcher(None, one, name).ratio() >= least]
-    # Abbreviations (learning_rate -> lr) and prefixes (spike -> spike_factor).
-    parent, dot, leaf = name.rpartition(".")
-    initials = parent + dot + "".join(part[:1] for part in leaf.split("_"))
-    return [initials] if initials in names else [one for one in names if len(leaf) > 2 and one.startswith(name)][:3]
+    initials = parent + dot + "".join(part[:1] for part in leaf.split("_"))  # learning_rate -> lr
+    return [initials] if initials in names else []
 
 
 def either(names: Sequence[str]) -> str:

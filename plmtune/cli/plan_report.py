@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from plmtune.devices.device import Device, load_device
 from plmtune.devices.pareto import draw_front, draw_speeds, front
 from plmtune.devices.predict import Prediction, predict
 from plmtune.devices.sweep import Point, sweep, vocabulary
-from plmtune.errors import UserError
+from plmtune.errors import UserError, either, near_names
 from plmtune.export.lint import gguf_architecture, lint_deploy
 from plmtune.io import hub
 from plmtune.io.tables import Column, Table, numbers, show
@@ -58,7 +59,24 @@ def with_preset(name: str, overlays: Sequence[str], overrides: Sequence[str]) ->
     is_model = name in describe_components()["model"] or name in presets("model")
     if is_model and not (builtin_folder("conf") / f"{name}.yaml").is_file():
         return "pretrain", [*overlays], [f"model={name}", *overrides]
+    configs = {path.stem for path in builtin_folder("conf").glob("*.yaml")}
+    known = {*configs, *describe_components()["model"], *presets("model")}
+    if name not in known and not name.endswith((".yaml", ".yml")) and (near := near_names(name, known)):
+        raise UserError(f"There is no config or model {name}. Did you mean {either(near)}?")
     return name, [*overlays], [*overrides]
+
+
+def published_rows(name: str, overlays: Sequence[str], overrides: Sequence[str]) -> int | None:
+    """The vocabulary that a preset of a published model is planned with, where nothing chooses a tokenizer."""
+    path = builtin_folder("conf") / "model" / f"{name}.yaml"
+    if (
+        overlays
+        or not path.is_file()
+        or any(text.lstrip("+~").startswith(("tokenizer", "phases")) for text in overrides)
+    ):
+        return None
+    found = re.search(r", a vocabulary of ([\d,]+)", path.read_text(encoding="utf-8").partition("\n")[0])
+    return int(found[1].replace(",", "")) if found else None
 
 
 def read_model_shape(name: str, overlays: Sequence[str], overrides: Sequence[str]) -> tuple[ModelShape, Any]:
@@ -81,7 +99,9 @@ def read_model_shape(name: str, overlays: Sequence[str], overrides: Sequence[str
             f"{name} names no model: it takes that of its checkpoint. Choose one (model=plm), or plan that."
         )
     with torch.device("meta"):
-        model = compose.build("model", cfg.model, vocab_size=vocabulary(cfg))
+        model = compose.build(
+            "model", cfg.model, vocab_size=published_rows(name, overlays, overrides) or vocabulary(cfg)
+        )
     return ModelShape.of(model), cfg
 
 
@@ -310,6 +330,7 @@ def show_sweep(name: str, overlays: list[str], overrides: list[str], asked: Aske
             runtime=runtime,
             context=context,
             prompt=asked.prompt,
+            rows=published_rows(name, overlays, overrides),
             progress=lambda done, total: line.update(f"{done:,} of {total:,} architectures"),
         )
     best = front(found.points)

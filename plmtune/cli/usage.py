@@ -34,7 +34,11 @@ def _said(error: click.ClickException, ctx: click.Context) -> str:
         kind = error.param.type
         one_of = f" It is {either([str(choice) for choice in kind.choices])}." if isinstance(kind, click.Choice) else ""
         listed = " plmtune ls lists the configs." if ctx.info_name in ("run", "validate", "plan") else ""
-        return f"{_title(error.param, ctx)} is missing.{one_of}{listed} {_usage(ctx)}"
+        titles = [_title(error.param, ctx)]
+        if error.param.nargs == -1:  # click gives a single word to the argument after it
+            rest = [one for one in ctx.command.params if isinstance(one, click.Argument) and one is not error.param]
+            titles += [_title(one, ctx) for one in rest if one.required]
+        return f"{either(titles)} is missing.{one_of}{listed} {_usage(ctx)}"
     if isinstance(error, click.BadParameter) and error.param is not None:
         return f"{_title(error.param, ctx)}: {_bad_value(error.param.type, error.message)}"
     found = _QUOTED.search(error.message)

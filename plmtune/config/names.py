@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -11,7 +12,7 @@ from plmtune.config.builtin import builtin_folder
 from plmtune.config.choices import place_of_group, preset_groups, presets
 from plmtune.config.overrides import quote_override
 from plmtune.config.schema import SCHEMAS
-from plmtune.errors import UserError, did_you_mean, either
+from plmtune.errors import UserError, did_you_mean, either, near_names
 from plmtune.io import hub
 from plmtune.io.run_summary import explain_missing
 from plmtune.registry import describe_components
@@ -65,6 +66,17 @@ def usage_of(place: str, name: str) -> str:
     return f"{_EXAMPLES.get(recipe, recipe)} {quote_override(place, name)}"
 
 
+def _near_path(path: Path) -> str:
+    """`` Did you mean X?`` with directories that have nearly this path: one of its names is wrong."""
+    missing = next(one for one in [*reversed(path.parents), path] if not one.exists())
+    with contextlib.suppress(OSError):
+        beside = {one.name: one for one in missing.parent.iterdir() if one.is_dir()}
+        found = [beside[name] / path.relative_to(missing) for name in near_names(missing.name, beside)]
+        if near := [str(one) for one in found if one.exists()]:
+            return f" Did you mean {either(near)}?"
+    return ""
+
+
 def check_model_path(path: str | Path) -> None:
     """Refuse what cannot be a model: a path that does not exist, or a file. Asks no hub and imports no torch."""
     if hub.parse(path):
@@ -74,7 +86,7 @@ def check_model_path(path: str | Path) -> None:
         raise UserError(
             explain_missing(path)
             or f"There is no {path} (seen from {Path.cwd()}). Give a checkpoint, a model directory, a run directory or "
-            f"a model of the Hugging Face hub (OWNER/NAME).{name_hint(str(path))}"
+            f"a model of the Hugging Face hub (OWNER/NAME).{_near_path(path) or name_hint(str(path))}"
         )
     if hub.is_gguf(path):
         raise UserError(f"{path} is a GGUF file. Convert it to a model directory: plmtune convert {path} OUT")

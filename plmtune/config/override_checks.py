@@ -81,6 +81,8 @@ def check_overrides(overrides: Sequence[str], *, multirun: bool = False) -> list
         if ("=" not in text and not text.startswith("~")) or text.startswith("-"):
             before, equals, value = overrides[index - 1].partition("=") if index else ("", "", "")
             way = f" As a part of {before}: {quote_override(before, f'{value} {text}')}" if equals else ""
+            if Path(text).is_dir():
+                way = f" A model is the value of a key: init_from={text}, of quantize and prune checkpoint={text}."
             raise UserError(f"{text!r:.200} is neither a YAML file nor an override of the form key=value.{way}")
         if text.startswith("="):
             raise UserError(f"override {text:.200}: has no key. Write key=value.")

@@ -66,6 +66,7 @@ def sweep(
     runtime: str = "plmtune",
     context: int = 2048,
     prompt: int = 512,
+    rows: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Sweep:
     """Predict every combination of the overrides that name several values.
@@ -74,6 +75,7 @@ def sweep(
         name, overlays: a config, as `config.compose` takes it.
         overrides: Hydra's, of keys of the model: ``model.embed_dim=512,768``, ``model.num_layers=range(8,25,4)``,
             and of choices: ``model/ffn=swiglu,squared_relu``, ``tokenizer=qwen2,bundled``.
+        rows: of the vocabulary; None: the tokenizer's.
         progress: gets (combinations done, all combinations).
     """
     plain, swept = override_checks.split_sweeps(overrides)
@@ -95,7 +97,7 @@ def sweep(
         cfg = compose.compose(name, overlays, [*plain, *chosen])
         if cfg.model is None:
             raise UserError(f"{name} names no model to sweep over. Choose one: model=plm")
-        rows = vocabulary(cfg)
+        num_rows = rows or vocabulary(cfg)
         seen: dict[str, ModelShape | Exception] = {}
         values = {text: _value(cfg, text) for key in keys for text in swept[key]}
         for texts in itertools.product(*(swept[key] for key in keys)):
@@ -107,7 +109,7 @@ def sweep(
                     if isinstance(value, UserError):
                         raise value
                     model = _put(model, text.partition("=")[0].split(".")[1:], value)
-                shape = _shape_of(seen, model, rows)
+                shape = _shape_of(seen, model, num_rows)
                 reached = predict(shape, device, scheme=scheme, runtime=runtime, context=context, prompt=prompt)
                 if context > shape.max_seq_len:
                     raise UserError(f"a context of {context:,} exceeds the model's max_seq_len ({shape.max_seq_len:,})")

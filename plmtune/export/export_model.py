@@ -247,7 +247,9 @@ def _check(
             raise UserError(f"{path} holds the checkpoint that is exported. Name another place with --out.")
     for finding in lint(description, to, list(paths), _gguf_form(as_)):
         if finding.level == "refused":
-            raise UserError(f"{source} cannot be exported to {to}: {finding.text}")
+            other = to == "gguf" and all(one.level != "refused" for one in lint(description, "hf"))
+            way = " --to hf writes it." if other and as_ is None else ""
+            raise UserError(f"{source} cannot be exported to {to}: {finding.text}{way}")
         if as_ is None or "--as" not in finding.text:
             log(f"note: {finding.text}")
     size = sum(file.stat().st_size for file in {*locate(source).values()}) if not holds_adapters(source) else 0

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from plmtune.config.names import check_model_path
-from plmtune.errors import Unreadable, UserError, unreadable
+from plmtune.errors import Unreadable, UserError, refuse_pointer, unreadable
 from plmtune.io import hub, manifest, run_summary, terminal
 from plmtune.io.atomic import write_atomically
 from plmtune.io.run_directory import state_of
@@ -54,6 +54,8 @@ def locate(directory: Path, stem: str = "model") -> dict[str, Path]:
                 f"{directory} holds {pickles[0]}, a pickle, which can run code when read, and no {weights}. Where you "
                 f"trust it, convert it:\n{_conversion(directory)}"
             )
+        if shards := sorted(path.name for path in directory.glob(f"{Path(weights).stem}-*{Path(weights).suffix}")):
+            raise UserError(f"{directory} holds {shards[0]} and no {index}, which lists the tensors. Copy that, too.")
         raise UserError(f"{directory} holds neither {weights} nor {index}: it is not a checkpoint.")
     weight_map = read_json(directory, index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -172,6 +174,7 @@ class _WithShared:
 def opened_weights(path: Path) -> Iterator[Any]:
     """Map a safetensors file: only its header is read, and one that is absurd or overlaps is refused."""
     try:
+        refuse_pointer(path)
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
         if length > _MAX_HEADER_BYTES:
@@ -181,7 +184,7 @@ def opened_weights(path: Path) -> Iterator[Any]:
     except OSError as error:
         raise unreadable(path, error) from error
     except SafetensorError as error:
-        raise UserError(f"{path} is damaged or not a safetensors file ({error}).") from error
+        raise UserError(f"{path} is damaged or not a safetensors file ({error}). Copy it again.") from error
 
 
 def checkpoint_directory(path: str | Path, *, weights: bool = True) -> Path:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from plmtune.errors import UserError
+from plmtune.errors import UserError, refuse_pointer
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -71,6 +71,7 @@ class GGUFFile:
         self._holders: dict[str, GGUFFile] = {}
         header = _Header(data, path)
         if header.take(4) != b"GGUF":
+            refuse_pointer(path)
             raise UserError(f"{path} is not a GGUF file: it does not begin with GGUF.")
         version = header.number("I")
         if version not in (2, 3):

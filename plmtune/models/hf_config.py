@@ -207,6 +207,8 @@ def _from_hf_keys(keys: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The `config` of a checkpoint of a known family; a key of null counts as missing."""
     known = by_model_type()
     model_type = keys.get("model_type")
+    if model_type is None:
+        raise UserError(f"{path} has no model_type. Add the model's, one of {', '.join(known)}.")
     if model_type not in known:
         raise UserError(
             f"{path}: model_type is {model_type!r:.80}, which is none of the families that load: {', '.join(known)}."
@@ -243,4 +245,6 @@ def _nearest_family(keys: Mapping[str, Any], path: Path) -> str:
         return (
             f" The nearest is {model_type}, which knows all its keys, but transformers computes other things with them."
         )
-    return f" The nearest is {model_type}, which lacks the keys {', '.join(new)}."
+    parts = {"expert": "experts (MoE)", "vision": "a vision tower", "audio": "an audio tower"}
+    lacks = [f" Models with {part} do not load." for word, part in parts.items() if any(word in key for key in new)]
+    return f"{''.join(lacks)} The nearest is {model_type}, which lacks the key{'s' * (len(new) > 1)} {', '.join(new)}."

@@ -26,7 +26,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
-from plmtune.errors import UserError
+from plmtune.errors import UserError, refuse_pointer
 
 Normalization = Literal["NFC", "NFD", "NFKC", "NFKD"]
 Merge = tuple[int, int]  # ranks of the two parts
@@ -260,6 +260,7 @@ def read_file(path: Path) -> bytes:
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
             raise UserError(f"Tokenizer file {path} has {size:,} bytes, more than the {MAX_FILE_BYTES:,} allowed.")
+        refuse_pointer(path)
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"Tokenizer file {path} cannot be read: {error.strerror}.") from error

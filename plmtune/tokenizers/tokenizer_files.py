@@ -200,10 +200,18 @@ def _read(path: Path, pattern: str = QWEN2_PATTERN, normalization: Normalization
                 raise UserError(f"{path / name} is a link to a place outside of {path}. Copy the file into it.")
         whole = path / "tokenizer.json"
         held = [whole] if whole.is_file() else sorted(path.glob("*.tiktoken")) or sorted(path.glob("tokenizer.model"))
-        if len(held) != 1:
+        if not held:
             raise UserError(
-                f"{path} holds {len(held)} tokenizers: one tokenizer.json, .tiktoken file or tokenizer.model is needed."
+                f"{path} has no tokenizer: tokenizer.json, tokenizer.model or a .tiktoken file. "
+                + (
+                    "transformers makes a tokenizer.json of its vocab.json: AutoTokenizer.from_pretrained(DIR)"
+                    ".save_pretrained(DIR)"
+                    if (path / "vocab.json").is_file()
+                    else "Copy those of the model into it, with tokenizer_config.json"
+                )
             )
+        if held[1:]:
+            raise UserError(f"{path} holds {len(held)} .tiktoken files. Name one of them: {held[0]}")
         manifest.check_files_once(path, only=_FILES)
         path = held[0]
     if hub.is_gguf(path):

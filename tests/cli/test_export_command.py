@@ -39,6 +39,13 @@ class TestGguf:
         assert files(folder / "exports") == ["small-F32.gguf"]
         assert "KL from the export's own numbers" in out and "verified: it is" in out and "-fa off" in out
 
+    def test_what_gguf_lacks_is_said_with_the_format_that_has_it(self, folder: Path, command: Command) -> None:
+        path = folder / "small" / "config.json"
+        path.write_text(path.read_text().replace('"tie_embeddings": true', '"tie_embeddings": false'))
+        code, _, err = command("export", "small", "--to", "gguf")
+        assert code == 2 and "cannot be exported to gguf: " in err and err.endswith(" --to hf writes it.\n")
+        assert files(folder / "exports") == []
+
     def test_a_modelfile_lies_beside_the_file(self, folder: Path, command: Command) -> None:
         words = ("export", "small", "--to", "gguf", "--ollama", "--no-verify")
         code, out, err = command(*words)

@@ -84,6 +84,13 @@ class TestPlan:
         assert len(json.loads((tmp_path / "sweep.json").read_text())["points"]) == 2
         assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
+    def test_a_preset_of_a_published_model_has_its_vocabulary(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        words = ("plan", "smollm2_135m", "model.num_layers=1", "--scheme", "int8")
+        assert "a vocabulary of 49,152" in run(monkeypatch, capsys, *words)[1]
+        assert "a vocabulary of 257" in run(monkeypatch, capsys, *words, "tokenizer=byte")[1]
+
     def test_a_sweep_of_a_preset_bears_its_name(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:

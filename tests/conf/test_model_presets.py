@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from plmtune.cli.plan_report import published_rows
 from plmtune.config.builtin import builtin_folder
 from plmtune.config.compose import compose
 
@@ -30,4 +31,8 @@ def test_has_the_published_parameters(name: str) -> None:
     assert model.num_parameters == parameters
     path = builtin_folder("conf") / "model" / f"{name}.yaml"
     if path.exists():  # else it is a component with its defaults
-        assert f", exact: {parameters:,} parameters" in path.read_text(encoding="utf-8").partition("\n")[0]
+        vocabulary = "" if name == "plm_1.8b" else f", a vocabulary of {rows:,}"  # which its config chooses
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        assert f", exact: {parameters:,} parameters{vocabulary}" in first
+        assert published_rows(name, [], []) == (rows if vocabulary else None)
+        assert published_rows(name, [], ["tokenizer=byte"]) is None

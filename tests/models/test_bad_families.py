@@ -18,8 +18,9 @@ from torch import Tensor
 from plmtune.errors import UserError
 from plmtune.inference.sampling import complete
 from plmtune.models.checkpoint_files import _conversion
+from plmtune.models.gguf import convert
 from plmtune.models.hf import load_model
-from plmtune.tokenizers.tokenizer_files import bundled
+from plmtune.tokenizers.tokenizer_files import bundled, load_tokenizer
 
 # A family, and the part of a tensor's name that it alone has.
 FAMILIES = {
@@ -143,3 +144,39 @@ def test_a_token_without_a_row(made: dict[str, Path]) -> None:
     model, tokenizer = load_model(made["llama"]), bundled()
     with pytest.raises(UserError, match=r"token 'hello' \(id \d+\).* 101 rows, none for it"):
         list(complete(model, tokenizer, "hello", max_new_tokens=1))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model_type": None}, r"config.json has no model_type. Add the model's, one of plm, llama, "),
+        ({"model_type": "llamoe", "num_experts": 8}, r"Models with experts \(MoE\) do not load. The nearest is"),
+        ({"model_type": "seeing", "vision_config": {}}, r"Models with a vision tower do not load."),
+        ({"model_type": "llama5", "new": 1}, r"The nearest is \w+, which lacks the key new."),
+        ({"model_type": "llama5", "new": 1, "other": 1}, r"The nearest is \w+, which lacks the keys new, other."),
+    ],
+)
+def test_an_unknown_model_type_says_what_is_new(
+    change: dict[str, Any], said: str, made: dict[str, Path], tmp_path: Path
+) -> None:
+    directory = shutil.copytree(made["llama"], tmp_path / "copy")
+    edit(directory, lambda keys: keys.update(change))
+    with pytest.raises(UserError, match=said):
+        load_model(directory)
+
+
+def test_shards_without_their_index(family: tuple[Path, str]) -> None:
+    directory, _ = family
+    (directory / "model.safetensors").rename(directory / "model-00001-of-00002.safetensors")
+    with pytest.raises(UserError, match=r"holds model-00001-of-00002.safetensors and no model.safetensors.index.json"):
+        load_model(directory)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "tokenizer.model", "model.gguf"])
+def test_a_pointer_of_git_lfs_is_named(name: str, made: dict[str, Path], tmp_path: Path) -> None:
+    directory = shutil.copytree(made["llama"], tmp_path / "copy")
+    path = directory / name
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 538090408\n")
+    read = {"model.safetensors": load_model, "model.gguf": lambda _: convert(path, tmp_path / "out")}
+    with pytest.raises(UserError, match=rf"{name} is a pointer of Git LFS, .*: git lfs pull"):
+        read.get(name, load_tokenizer)(directory)

@@ -614,7 +614,14 @@ class TestRefusals:
             load_tokenizer(tmp_path)
 
     def test_a_directory_without_a_tokenizer_and_a_path_that_is_none(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match="holds 0 tokenizers"):
+        with pytest.raises(UserError, match=r"has no tokenizer: .* Copy those of the model into it"):
+            load_tokenizer(tmp_path)
+        (tmp_path / "vocab.json").touch()
+        with pytest.raises(UserError, match=r"transformers makes a tokenizer.json of its vocab.json: Auto"):
+            load_tokenizer(tmp_path)
+        for name in "ab":
+            (tmp_path / f"{name}.tiktoken").touch()
+        with pytest.raises(UserError, match=r"holds 2 .tiktoken files. Name one of them: .*a.tiktoken"):
             load_tokenizer(tmp_path)
         with pytest.raises(UserError, match="there is no file or directory"):
             file(str(tmp_path / "tokenizer.json"))
