@@ -105,7 +105,8 @@ def _check(
                 f"{len(checkpoints)} models are given. Say how to merge them with --method: average, slerp, "
                 "task_arithmetic or ties. (The last path is the directory to write.)"
             )
-        if given := next((name for name, value in (("weights", weights), ("density", density)) if value), None):
+        options = {"weights": weights, "density": density}
+        if given := next((name for name, value in options.items() if value is not None), None):
             raise UserError(f"--{given} belongs to --method, which merges several models.")
         return []
     if len(checkpoints) < 2 or (method == "slerp" and len(checkpoints) > 2):
@@ -117,7 +118,7 @@ def _check(
     if density is not None and (method != "ties" or not 0 < density <= 1):
         raise UserError(f"--density ({density:g}) belongs to --method ties, and is above 0 and at most 1.")
     try:
-        factors = [float(text) for text in weights.split(",")] if weights else [1.0] * len(checkpoints)
+        factors = [float(text) for text in weights.split(",")] if weights is not None else [1.0] * len(checkpoints)
     except ValueError as error:
         raise UserError(f"--weights {weights}: give a number for each model, as in 0.3,0.7.") from error
     if len(factors) != len(checkpoints) or not all(map(math.isfinite, factors)):

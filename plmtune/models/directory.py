@@ -42,6 +42,9 @@ def new_directory(directory: Path, *, overwrite: bool = False) -> Iterator[Path]
         if directory.exists():
             directory.rename(old)
         temporary.rename(directory)
+    except UserError as error:
+        error.args = (str(error).replace(str(temporary), str(directory)),)  # the name that the user gave
+        raise
     finally:
         if old.exists() and not directory.exists():
             old.rename(directory)

@@ -163,6 +163,8 @@ class TestMergeOfWholeModels:
             (("--method", "ties", "--base", "x", "--density", "2"), "at most 1"),
             (("--method", "average", "--weights", "1"), "for each of the 2 models"),
             (("--method", "average", "--weights", "1,x"), "give a number for each model"),
+            (("--method", "average", "--weights", ""), "give a number for each model"),
+            (("--method", "ties", "--base", "x", "--density", "0"), "is above 0"),
             (("--method", "average", "--weights", "1,nan"), "give a finite number"),
             (("--method", "slerp", "--weights", "0,0"), "one must be above 0"),
         ],
@@ -177,8 +179,22 @@ class TestMergeOfWholeModels:
     def test_one_model_needs_no_method(self, base: Path, tmp_path: Path, typed: Command) -> None:
         code, _, err = typed("merge", base, tmp_path / "out", "--method", "average")
         assert code == 2 and "merges at least two models, and 1 is given" in err
-        code, _, err = typed("merge", base, tmp_path / "out", "--weights", "1")
-        assert code == 2 and "--weights belongs to --method" in err
+        for option, value in (("--weights", "1"), ("--weights", ""), ("--density", "0")):
+            code, _, err = typed("merge", base, tmp_path / "out", option, value)
+            assert code == 2 and f"{option} belongs to --method" in err
+
+    def test_numbers_that_overflow_are_refused_by_the_name_that_was_given(
+        self, base: Path, tmp_path: Path, typed: Command
+    ) -> None:
+        options = ("--method", "task_arithmetic", "--base", tmp_path / "zero", "--weights", "1e38,1e38")
+        zero = load_model(base)
+        with torch.no_grad():
+            zero.norm.weight.sub_(4)
+        save_model(zero, None, tmp_path / "zero")
+        byte().save(tmp_path / "zero")
+        code, _, err = typed("merge", base, base, tmp_path / "out", *options)
+        assert code == 2 and f"norm.weight. Nothing is written to {tmp_path / 'out'}." in err
+        assert not (tmp_path / "out").exists()
 
 
 class TestRefusalsAreCheap:
