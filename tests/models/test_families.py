@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from plmtune import native
 from plmtune.errors import UserError
 from plmtune.models.families import by_component, by_model_type
 from plmtune.models.family import Keys
 from plmtune.models.hf import load_model, save_model
 from plmtune.models.hf_config import read_model_config
 from plmtune.modules.decoder import Decoder
+from plmtune.native.decoder import NativeDecoder
 from plmtune.registry import describe_components
 
 LENGTH = 24  # past every window and every original context of the made checkpoints
@@ -44,6 +46,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def family(request: pytest.FixtureRequest, made: Any) -> tuple[Path, Any, Decoder]:
     found: tuple[Path, Any, Decoder] = made(request.param)
     return found
+
+
+# Those that docs/edge.md names: the others are decoded by PyTorch.
+NATIVE = {"llama", "qwen2", "mistral-full", "arcee", "ernie4_5", "deepseek_v2", "deepseek_v3-yarn"}
+NATIVE |= {f"llama-{form}" for form in ("untied-wide", "llama3", "linear", "yarn", "mqa")}
+
+
+@pytest.mark.skipif(native.unavailable_reason() is not None, reason="decoding is eager here")
+def test_decodes_natively_where_the_docs_say_it(
+    request: pytest.FixtureRequest, family: tuple[Path, Any, Decoder]
+) -> None:
+    assert (NativeDecoder().bind(family[2]) is not None) == (request.node.callspec.params["family"] in NATIVE)
 
 
 def some_ids(rows: int = 2, length: int = LENGTH) -> Tensor:
