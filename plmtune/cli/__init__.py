@@ -47,7 +47,7 @@ COMMANDS = {
     "verify": "Verify that an exported file is the model of a checkpoint",
     "bench": "Measure time to first token, tokens/s and memory of models and files",
     "plan": "Predict speed and memory of a config on a device",
-    "merge": "Merge adapters into their base model",
+    "merge": "Merge adapters into their base, or several models into one",
 }
 
 
