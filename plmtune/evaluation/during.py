@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from plmtune.config.schema import EvaluationConfig
+from plmtune.config.sections import EvaluationConfig
 from plmtune.errors import UserError
 from plmtune.evaluation import evaluate, result_table, results
 from plmtune.evaluation.code_eval import CodeRunner, missing, running_code

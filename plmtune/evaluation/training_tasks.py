@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from plmtune.config.schema import EvaluationConfig
+from plmtune.config.sections import EvaluationConfig
 from plmtune.errors import UserError
 from plmtune.training.preflight import TrainingPlan
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from plmtune.config.compose import build
-from plmtune.config.schema import CheckpointConfig, FinetuningConfig
+from plmtune.config.schema import FinetuningConfig
+from plmtune.config.sections import CheckpointConfig
 from plmtune.errors import UserError
 from plmtune.models import adapters
 from plmtune.models.hf import run_state

@@ -15,7 +15,13 @@ from torch.optim import Optimizer
 
 from plmtune.config.compose import build
 from plmtune.config.renamed import RENAMED_METRICS
-from plmtune.config.schema import FinetuningConfig, PhaseConfig, PreferenceConfig, PretrainConfig, SftConfig
+from plmtune.config.schema import (
+    FinetuningConfig,
+    PreferenceConfig,
+    PretrainConfig,
+    SftConfig,
+)
+from plmtune.config.sections import PhaseConfig
 from plmtune.data.examples import refuse_other_kinds
 from plmtune.data.order import Phase, check_mix, show_mix
 from plmtune.data.shards import Shards

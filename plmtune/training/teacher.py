@@ -16,7 +16,7 @@ import xxhash
 from torch import Tensor, nn
 
 from plmtune.config.compose import build
-from plmtune.config.schema import DistillationConfig
+from plmtune.config.sections import DistillationConfig
 from plmtune.data.batches import IGNORE, Batch, Batches, make_batch
 from plmtune.errors import UserError
 from plmtune.io.atomic import check_room

@@ -15,7 +15,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from plmtune.config.renamed import metric_value
-from plmtune.config.schema import CheckpointConfig, RunConfig, ValidationConfig
+from plmtune.config.schema import RunConfig
+from plmtune.config.sections import CheckpointConfig, ValidationConfig
 from plmtune.errors import Unreadable, UserError
 from plmtune.io import manifest
 from plmtune.io.manifest import step_path, steps

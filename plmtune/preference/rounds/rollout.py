@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from plmtune.config.schema import GenerationConfig
+from plmtune.config.sections import GenerationConfig
 from plmtune.data.order import key_of
 from plmtune.data.preferences import Prompt
 from plmtune.errors import UserError

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from plmtune.config.schema import ChatConfig, SelectionConfig
+from plmtune.config.sections import ChatConfig, SelectionConfig
 from plmtune.data.order import key_of, permute
 from plmtune.data.preferences import Pair, Prompt, preferences, prompts_of
 from plmtune.data.rows import REMEDY

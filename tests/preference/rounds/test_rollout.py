@@ -8,7 +8,7 @@ import pytest
 import torch
 from rule_engine import RuleEngine, prompt
 
-from plmtune.config.schema import GenerationConfig
+from plmtune.config.sections import GenerationConfig
 from plmtune.data.preferences import Prompt
 from plmtune.errors import UserError
 from plmtune.inference.batching import Answer, BatchedGenerator

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rule_engine import prompt
 
-from plmtune.config.schema import ChatConfig, SelectionConfig
+from plmtune.config.sections import ChatConfig, SelectionConfig
 from plmtune.data.preferences import InMemory, Pair, Prompt
 from plmtune.errors import UserError
 from plmtune.preference.rounds import rounds as module
