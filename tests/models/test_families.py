@@ -233,7 +233,7 @@ class TestKeys:
     def test_of_an_unknown_family_the_known_ones_are_named(self, tmp_path: Path) -> None:
         config_of("llama").save_pretrained(tmp_path)
         edit(tmp_path, lambda keys: keys.update(model_type="mamba", ssm_width=3))
-        families = r"mamba.*plm, llama, qwen2, qwen3, smollm3, mistral.*nearest is llama, .* keys ssm_width"
+        families = r"mamba.*plm, llama, qwen2, qwen3, smollm3, mistral.*nearest is llama, .* key ssm_width"
         with pytest.raises(UserError, match=families):
             read_config(tmp_path)
 
