@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -103,15 +104,23 @@ class DistillationLoss:
         self._terms.append(terms)
         return loss
 
-    def compare(self, teacher: TeacherStates | TeacherTopK, part: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return T^2 D of the tokens `part`, [c], and its gradient by the student's logits, [c, v or fewer rows]."""
+    def compare(
+        self, teacher: TeacherStates | TeacherTopK, part: slice, logits: Tensor, log_q: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return T^2 D of the tokens `part`, [c], and its gradient by the student's logits, [c, v or fewer rows].
+
+        Args:
+            logits, log_q: the student's, and their log_softmax, [c, v]; the second may be written over.
+        """
         assert isinstance(teacher, TeacherStates)
         rows = min(logits.shape[1], len(teacher.weight))  # of equal tokenizers; one projection may be padded further
         weight = teacher.weight[:rows].to(teacher.hidden.dtype)
         theirs, _ = capped(teacher.hidden[part] @ weight.T, teacher.soft_cap)
         log_p = torch.log_softmax(theirs.float().div_(self.temperature), dim=1)
         del theirs
-        value, grad = self.divergence(log_p, torch.log_softmax(logits[:, :rows] / self.temperature, dim=1))
+        if self.temperature != 1 or rows < logits.shape[1]:
+            log_q = torch.log_softmax(logits[:, :rows] / self.temperature, dim=1)
+        value, grad = self.divergence(log_p, log_q)
         return value.mul_(self.temperature**2), grad.mul_(self.temperature)  # T^2 / T
 
     def divergence(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,11 +152,13 @@ class ForwardKL(DistillationLoss):
 
     takes_top_k: ClassVar[bool] = True
 
-    def compare(self, teacher: TeacherStates | TeacherTopK, part: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def compare(
+        self, teacher: TeacherStates | TeacherTopK, part: slice, logits: Tensor, log_q: Tensor
+    ) -> tuple[Tensor, Tensor]:
         if isinstance(teacher, TeacherStates):
-            return super().compare(teacher, part, logits)
+            return super().compare(teacher, part, logits, log_q)
         ids, log_p = teacher.ids[part], teacher.log_probs[part].float()
-        grad = torch.softmax(logits, dim=1)  # q, and then the gradient written over it
+        grad = log_q.exp_()  # q, and then the gradient written over it
         of_top, others = grad.gather(1, ids), grad.scatter_(1, ids, 0)
         # Not 1 - P and 1 - Q: where P is near 1, the rounding of stored numbers is as large as what is left.
         p_rest, q_rest = teacher.log_rest[part].float().exp(), others.sum(1)
@@ -248,20 +259,30 @@ class ChunkedDistillation(torch.autograd.Function):
             target = target.where(valid, 0)
             logits, slope = capped(x @ w.T, soft_cap)  # [c, v]
             logits = logits.float()
-            value, by_logits = loss.compare(teacher, part, logits)
-            terms[1] += value.where(valid[:, 0], 0).sum()
             log_q = torch.log_softmax(logits, dim=1)
             terms[0] -= log_q.gather(1, target).where(valid, 0).sum()
+            by_ce = None
+            if share and (needs_hidden or needs_weight):  # d CE / d logits = q - onehot
+                by_ce = log_q.exp()
+                by_ce.scatter_add_(1, target, torch.full_like(by_ce[:, :1], -1.0)).mul_(share)
+            value, grad = loss.compare(teacher, part, logits, log_q)
+            terms[1] += value.where(valid[:, 0], 0).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
-            grad = log_q.exp_()  # d CE / d logits = q - onehot
-            grad.scatter_add_(1, target, torch.full_like(grad[:, :1], -1.0)).mul_(share)
-            grad[:, : by_logits.shape[1]] += by_logits.mul_(1 - share)
-            grad = grad.where(valid, 0)
+            columns = grad.shape[1]
+            grad = grad.mul_(1 - share)
+            if by_ce is not None:
+                by_ce[:, :columns] += grad
+                grad = by_ce
+            elif columns < logits.shape[1]:
+                grad = F.pad(grad, (0, logits.shape[1] - columns))
+            grad.masked_fill_(~valid, 0)
             grad = (grad if slope is None else grad * slope).to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = grad @ w
-            if grad_weight is not None:
+            if grad_weight is not None and grad.dtype == torch.float32:
+                grad_weight.addmm_(grad.T, x)
+            elif grad_weight is not None:
                 grad_weight += grad.T @ x
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
