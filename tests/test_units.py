@@ -3,7 +3,7 @@
 import pytest
 
 from plmtune.cli.plan_report import _hours
-from plmtune.units import show_count, show_duration, show_number
+from plmtune.units import runs_of, show_count, show_duration, show_number
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,8 @@ def test_time_on_a_device_is_in_the_unit_that_suits(hours: float, text: str) -> 
 
 def test_a_duration_reads_as_a_clock() -> None:
     assert [show_duration(seconds) for seconds in (0, 65, 3599.6, 3725)] == ["0:00", "1:05", "1:00:00", "1:02:05"]
+
+
+def test_runs_of_numbers_are_their_first_and_last() -> None:
+    assert runs_of([0, 1, 2, 5, 7, 8, 3]) == [(0, 2), (5, 5), (7, 8), (3, 3)]
+    assert runs_of([]) == []

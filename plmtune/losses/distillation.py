@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -50,7 +51,7 @@ class TeacherTopK:
     log_rest: Tensor
 
 
-class DistillationLoss:
+class DistillationLoss(ABC):
     """Sum over tokens of cross_entropy_weight CE + (1 - cross_entropy_weight) T^2 D(p, q), in fp32.
 
     p = softmax(teacher's logits / T), q = softmax(student's logits / T), both over the rows that the two
@@ -123,9 +124,9 @@ class DistillationLoss:
         value, grad = self.divergence(log_p, log_q)
         return value.mul_(self.temperature**2), grad.mul_(self.temperature)  # T^2 / T
 
+    @abstractmethod
     def divergence(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         """Return D of each token, [c], and its gradient by logits / T, [c, v]; may write over the logarithms."""
-        raise NotImplementedError
 
     def take_terms(self) -> tuple[Tensor, Tensor]:
         """Return the sums of CE and of T^2 D, neither weighted, over calls with gradients since the last one."""

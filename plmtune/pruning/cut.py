@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from plmtune.errors import UserError
-from plmtune.models.assemble import component_from_config
+from plmtune.models.assemble import meta_model
 from plmtune.models.family import each_layer_type
 from plmtune.modules.decoder import Decoder
 from plmtune.pruning.groups import SETTINGS, Group, Part, groups_of
@@ -84,10 +84,8 @@ def apply_cut(model: Decoder, cut: Cut) -> Decoder:
 def build_cut(model: Decoder, cut: Cut) -> Decoder:
     """The model of `apply_cut` on the meta device, without weights."""
     config = cut_config(model, cut)
-    part = component_from_config("model", config, "the pruned model")
     try:
-        with torch.device("meta"):
-            new: Decoder = part(vocab_size=config["vocab_size"])
+        new = meta_model(config, "the pruned model")
     except ValueError as error:
         raise UserError(f"the pruned model is impossible: {error}.") from error
     _refuse_other_layers(model, new, cut)

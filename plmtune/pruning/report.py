@@ -11,7 +11,7 @@ from typing import Any
 
 from plmtune.io.atomic import write_atomically
 from plmtune.io.tables import Column, Table
-from plmtune.units import show_bytes
+from plmtune.units import runs_of, show_bytes
 
 FILE = "prune.json"
 
@@ -87,10 +87,4 @@ class Report:
 
 def ranges(numbers: Sequence[int]) -> str:
     """0, 1, 2, 5 -> "0-2, 5"."""
-    found: list[list[int]] = []
-    for number in numbers:
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
-        else:
-            found.append([number, number])
-    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in found)
+    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs_of(numbers))

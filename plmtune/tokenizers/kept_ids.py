@@ -13,6 +13,7 @@ from pathlib import Path
 
 from plmtune.errors import UserError, unreadable
 from plmtune.io import checksummed_json
+from plmtune.units import runs_of
 
 FILE = "kept_ids.json"
 _RUN = re.compile(r"([0-9]{1,7})(?:-([0-9]{1,7}))?")
@@ -71,13 +72,7 @@ def read(path: Path) -> tuple[str, tuple[KeptIds, ...]]:
 
 def _runs(ids: Iterable[int]) -> str:
     """Write ids as runs of consecutive ones: ``0-255 260 262-263``."""
-    runs: list[list[int]] = []
-    for identity in ids:
-        if runs and identity == runs[-1][1] + 1:
-            runs[-1][1] = identity
-        else:
-            runs.append([identity, identity])
-    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs_of(ids))
 
 
 def _ids(runs: str) -> list[int]:

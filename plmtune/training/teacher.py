@@ -15,7 +15,6 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from plmtune.config.compose import build
 from plmtune.config.sections import DistillationConfig
 from plmtune.data.batches import IGNORE, Batch, Batches, make_batch
 from plmtune.errors import UserError
@@ -23,7 +22,7 @@ from plmtune.io.atomic import check_room
 from plmtune.losses.cross_entropy import capped
 from plmtune.losses.distillation import DistillationLoss, TeacherStates, TeacherTopK
 from plmtune.models import adapters
-from plmtune.models.assemble import component_from_config
+from plmtune.models.assemble import meta_model
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import Component, describe_components, load
 from plmtune.tokenizers.tokenizer import Tokenizer
@@ -257,9 +256,7 @@ def find_teacher(
                 "compressed from it (plmtune tokenizer compress)."
             )
     config = adapters.read_model_config(directory)
-    with torch.device("meta"):
-        chosen = component_from_config("model", config, str(directory))
-        model = build("model", chosen, vocab_size=config["vocab_size"])
+    model = meta_model(config, str(directory))
     if seq_len > model.max_seq_len:
         raise UserError(
             f"distillation.teacher={name}: it reads {model.max_seq_len} tokens at once, and seq_len is {seq_len}. "
