@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +17,11 @@ from plmtune.data.sources import Source
 from plmtune.data.text_rows import read_rows, text_sources
 from plmtune.errors import UserError
 from plmtune.io import hub, manifest
+from plmtune.io.interruptible import Interruptible
 from plmtune.io.run_directory import read_record, refuse_unusable
 from plmtune.io.run_summary import already_finished
-from plmtune.io.signals import EXIT_STOPPED, StopSignals
 from plmtune.io.tables import show
-from plmtune.io.terminal import Progress, echo, track
+from plmtune.io.terminal import Progress, echo
 from plmtune.models import text_loss
 from plmtune.models.adapters import load_model_tokenizer
 from plmtune.models.checkpoint_files import CONFIG as MODEL_CONFIG
@@ -47,8 +47,6 @@ MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", MODEL_CONFIG, "token
 
 _BATCH = 4  # rows of text in a forward, and in a backward of Taylor's importance
 _MISSED = 0.05  # share of the units by which a mask misses its size
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -186,7 +184,7 @@ class Prune:
         self.model.float()
         self.measured: dict[str, Any] = {}
         self.run = open_run(cfg, runtime, self.text.fingerprints)
-        self.signals = StopSignals("stopping; a second one ends it at once.")
+        self.signals = Interruptible(self.run.path)
 
     def prune(self) -> Report:
         """Choose layers and units, cut, measure, save; return the report. A resumed run starts over."""
@@ -266,7 +264,7 @@ class Prune:
             ids = [batch.to(self.model.device) for batch in rows.split(_BATCH)]
             longest = self.cfg.depth.adjacent
             rises = rises_without(
-                self.model, ids, longest, progress=lambda runs: self.progress(runs, "runs of layers skipped")
+                self.model, ids, longest, progress=lambda runs: self.signals.progress(runs, "runs of layers skipped")
             )
             self.measured["rises"] = [
                 {"first": first, "layers": n, "nats": nats} for (first, n), nats in sorted(rises.items())
@@ -297,7 +295,7 @@ class Prune:
         model.requires_grad_(False)
         with masked(model, lambda: now), Progress() as progress:
             for step in range(cfg.steps):
-                self.stop_if_asked()
+                self.signals.stop_if_asked()
                 now = gates.sample(generator)
                 loss = mean_loss(model, next(rows).to(device))
                 kept = gates.kept()
@@ -345,23 +343,8 @@ class Prune:
 
     def batches(self, rows: Tensor, what: str) -> Iterator[Tensor]:
         """Yield a few rows at a time, on the model's device."""
-        for batch in self.progress(rows.split(_BATCH) if len(rows) else (), f"batches of text {what}"):
+        for batch in self.signals.progress(rows.split(_BATCH) if len(rows) else (), f"batches of text {what}"):
             yield batch.to(self.model.device)
-
-    def progress(self, items: Sequence[T], what: str) -> Iterable[T]:
-        """Yield the items; report their number every few seconds.
-
-        Raises:
-            SystemExit: with EXIT_STOPPED, after a signal.
-        """
-        for item in track(items, f"of {len(items)} {what}", shown=True):
-            self.stop_if_asked()
-            yield item
-
-    def stop_if_asked(self) -> None:
-        if self.signals.heard:
-            echo(f"stopped; resume it with: plmtune resume {self.run.path}", err=True)
-            raise SystemExit(EXIT_STOPPED)
 
 
 def check(cfg: Config) -> str:

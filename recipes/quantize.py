@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import cast
 
 from torch import Tensor
 
@@ -16,10 +16,10 @@ from plmtune.data.sources import Source
 from plmtune.data.text_rows import read_rows, text_sources
 from plmtune.errors import UserError
 from plmtune.io import hub, manifest
+from plmtune.io.interruptible import Interruptible
 from plmtune.io.run_directory import read_record, refuse_unusable
 from plmtune.io.run_summary import already_finished, finished_runs
-from plmtune.io.signals import EXIT_STOPPED, StopSignals
-from plmtune.io.terminal import echo, track
+from plmtune.io.terminal import echo
 from plmtune.models import text_loss
 from plmtune.models.adapters import load_model_tokenizer
 from plmtune.models.assemble import component_config, component_from_config
@@ -47,8 +47,6 @@ MODEL_FILES = (
 )
 
 _BATCH = 4  # rows of text in a forward
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -156,7 +154,7 @@ class Quantize:
         )
         self.model = load_finite(self.checkpoint, runtime.device)
         self.run = open_run(cfg, runtime, self.text.fingerprints)
-        self.signals = StopSignals("stopping; a second one ends it at once.")
+        self.signals = Interruptible(self.run.path)
 
     def quantize(self) -> Report:
         """Measure, choose the formats, round, measure again, save; return the report.
@@ -183,7 +181,7 @@ class Quantize:
                 self.run.path / "sensitivity.json",
                 dtype=self.dtype,
                 second_moments=moments,
-                progress=lambda names: self.progress(names, "modules measured"),
+                progress=lambda names: self.signals.progress(names, "modules measured"),
             )
         if found is not None and inputs.budget is not None:
             rules = self.choose_mix(found, inputs.budget)
@@ -193,7 +191,7 @@ class Quantize:
             formats,
             second_moments=moments,
             scheme=scheme,
-            progress=lambda names: self.progress(names, "modules quantized"),
+            progress=lambda names: self.signals.progress(names, "modules quantized"),
         )
         model.to(self.dtype)
         after = self.mean_loss("after")
@@ -266,23 +264,8 @@ class Quantize:
 
     def batches(self, rows: Tensor, what: str) -> Iterator[Tensor]:
         """Yield a few rows at a time, on the model's device."""
-        for batch in self.progress(rows.split(_BATCH), f"batches of text {what}"):
+        for batch in self.signals.progress(rows.split(_BATCH), f"batches of text {what}"):
             yield batch.to(self.model.device)
-
-    def progress(self, items: Sequence[T], what: str) -> Iterable[T]:
-        """Yield the items; report their number every few seconds.
-
-        Raises:
-            SystemExit: with EXIT_STOPPED, after a signal.
-        """
-        for item in track(items, f"of {len(items)} {what}", shown=True):
-            self.stop_if_asked()
-            yield item
-
-    def stop_if_asked(self) -> None:
-        if self.signals.heard:
-            echo(f"stopped; resume it with: plmtune resume {self.run.path}", err=True)
-            raise SystemExit(EXIT_STOPPED)
 
 
 def check(cfg: Config) -> str:

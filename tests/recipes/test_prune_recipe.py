@@ -15,6 +15,7 @@ from plmtune.cli import cli
 from plmtune.config import compose
 from plmtune.errors import UserError
 from plmtune.export import verify
+from plmtune.io.interruptible import Interruptible
 from plmtune.models.gpt2 import gpt2
 from plmtune.models.hf import save_model
 from plmtune.models.llama import llama
@@ -174,7 +175,7 @@ class TestMask:
         self, folder: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
-            stop_in(patch, prune.Prune, "stop_if_asked", 9)
+            stop_in(patch, Interruptible, "stop_if_asked", 9)
             run(*self.OWN, *self.SIZES)
         assert stopped.value.code == 75
         assert "stopped; resume it with: plmtune resume out" in capfd.readouterr().err

@@ -16,6 +16,7 @@ import plmtune
 from plmtune.cli import cli
 from plmtune.config import compose
 from plmtune.errors import UserError
+from plmtune.io.interruptible import Interruptible
 from plmtune.models import text_loss
 from plmtune.models.hf import save_model
 from plmtune.modules.quantized import Quantized
@@ -202,7 +203,7 @@ class TestResuming:
 
     def stop_at(self, call: int, *overrides: str) -> None:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
-            stop_in(patch, quantize.Quantize, "stop_if_asked", call)
+            stop_in(patch, Interruptible, "stop_if_asked", call)
             run(*overrides)
         assert stopped.value.code == 75
 
