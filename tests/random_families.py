@@ -114,6 +114,29 @@ def _plain(*, head_dim: bool | None = None, **table: Sequence[Any]) -> Callable[
     return lambda draw: _scaled(draw, _sizes(draw, head_dim=head_dim) | _drawn(draw, table))
 
 
+def _granite(draw: Draw) -> dict[str, Any]:
+    keys = _sizes(draw, head_dim=False)
+    return _scaled(draw, keys | _drawn(draw, {
+        "attention_bias": BOOL,
+        "attention_multiplier": (MISSING, 0.05, 1.0),
+        "embedding_multiplier": (MISSING, 0.5, 12.0),
+        "residual_multiplier": (MISSING, 0.22, 2.0),
+        "logits_scaling": (MISSING, 0.5, 8.0),
+    }))  # fmt: skip
+
+
+def _layer_norm(draw: Draw, key: str, **table: Sequence[Any]) -> dict[str, Any]:
+    """Keys of a family whose norms have another eps."""
+    keys = _sizes(draw, head_dim=False)
+    return keys | _drawn(draw, table) | {key: keys.pop("rms_norm_eps")}
+
+
+def _partial(draw: Draw, keys: dict[str, Any]) -> dict[str, Any]:
+    """Keys with a share of each head that RoPE turns."""
+    shares = [share for share in (0.25, 0.5, 0.75, 1.0) if (turned := int(_width(keys) * share)) and turned % 2 == 0]
+    return keys | _drawn(draw, {"partial_rotary_factor": shares})
+
+
 def _with_types(draw: Draw, keys: dict[str, Any]) -> dict[str, Any]:
     types = _each(draw, keys["num_hidden_layers"], "sliding_attention", "full_attention")
     return keys | {"sliding_window": _one_of(draw, *WINDOWS)} | _drawn(draw, {"layer_types": (MISSING, types)})
@@ -210,7 +233,16 @@ _FAMILIES: dict[str, Callable[[Draw], dict[str, Any]]] = {
     "deepseek_v2": _deepseek,
     "youtu": lambda draw: _mla(draw, rope_interleave=BOOL),
     "gpt2": _gpt2,
-}
+    "granite": _granite,
+    "arcee": _plain(attention_bias=BOOL),
+    "ernie4_5": _plain(head_dim=True),
+    "starcoder2": lambda draw: _scaled(draw, _layer_norm(
+        draw, "norm_epsilon", use_bias=BOOL, sliding_window=(None, *WINDOWS),
+        hidden_act=("gelu_pytorch_tanh", "gelu_new", "gelu"),
+    )),
+    "stablelm": lambda draw: _partial(draw, _layer_norm(draw, "layer_norm_eps", use_qkv_bias=BOOL)),
+    "glm": lambda draw: _partial(draw, _sizes(draw, head_dim=True) | _drawn(draw, {"attention_bias": BOOL})),
+}  # fmt: skip
 MODEL_TYPES = tuple(_FAMILIES)
 
 
