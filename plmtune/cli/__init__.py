@@ -24,6 +24,7 @@ from plmtune.cli.help import Context, lay_out
 from plmtune.cli.usage import sentence
 from plmtune.errors import UserError
 from plmtune.io import terminal
+from plmtune.io.signals import end_in_order
 
 # name -> one line for --help. The command is imported when it runs.
 COMMANDS = {
@@ -131,6 +132,8 @@ def main() -> None:
     # At exit Python looks for cycles among all that torch and its packages made: half a CPU second for nothing.
     atexit.register(gc.freeze)
     words, alone = "", int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if alone:  # one of several may stand in a collective operation, which no exception ends
+        end_in_order()
     try:
         try:
             import fcntl  # noqa: F401

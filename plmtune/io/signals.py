@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop. The run polls for them where it can stop."""
+"""Signals that ask a process to stop: a run polls for them where it can, any other command ends in order."""
 
 from __future__ import annotations
 
@@ -7,11 +7,23 @@ import os
 import signal
 import time
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 # The exit code of a run that a signal stopped after saving: it can be resumed (EX_TEMPFAIL of sysexits.h).
 EXIT_STOPPED = 75
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+def end_in_order() -> None:
+    """Let SIGTERM and SIGHUP raise SystemExit, so that temporary files are removed; by default they end a process."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    with contextlib.suppress(ValueError):  # handlers can be set in the main thread only
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:  # a command under nohup survives its terminal
+                signal.signal(number, end)
 
 
 class StopSignals:
