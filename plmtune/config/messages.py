@@ -29,7 +29,7 @@ from plmtune.units import with_point
 UNUSED = [f"~hydra/{name}" for name in ("help", "hydra_help", "job_logging", "hydra_logging", "output", "env")]
 
 
-def _of_other_component(full_key: str, group: str, name: str) -> str | None:
+def of_other_component(full_key: str, group: str, name: str) -> str | None:
     """Hint for a key that the chosen component lacks and others of its group have."""
     parent, _, leaf = full_key.rpartition(".")
     table = describe_components().get(group, {})
@@ -177,7 +177,7 @@ def explain(error: Exception, given: Given) -> UserError:
         siblings = FIELDS.get(owner, [])
         group, _, name = owner.partition("__")
         of_recipe = any(schema.__name__ == owner for schema in SCHEMAS.values())
-        if said := _of_other_component(full_key, group, name):
+        if said := of_other_component(full_key, group, name):
             return UserError(f"{place(full_key)}{said}")
         if of_recipe and (said := _of_other_recipe(full_key, given.name, siblings)):
             return UserError(f"{place(full_key)}{said}")

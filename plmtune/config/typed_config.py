@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from plmtune.config.choices import group_at, take_choices
-from plmtune.config.messages import TYPES, in_words, unknown_key
+from plmtune.config.messages import TYPES, in_words, of_other_component, unknown_key
 from plmtune.config.override_checks import check_overrides, parse
 from plmtune.config.overrides import hydra_literal
 from plmtune.config.renamed import with_new_keys
@@ -55,6 +55,9 @@ def merge(schema: Any, values: dict[str, Any], key: str, place: str) -> dict[str
         if "not in" in str(error):
             inner = getattr(error, "object_type", None) or schema  # the section that lacks the key
             known = FIELDS.get(inner.__name__, [f.name for f in dataclasses.fields(schema) if f.name != "component"])
+            group, _, name = inner.__name__.partition("__")
+            if hint := of_other_component(full, group, name):
+                raise UserError(f"{place}key {full}: {hint}") from None
             raise unknown_key(place, full, known) from None
         said = in_words(str(error)) or str(error).splitlines()[0]
         raise UserError(f"{place}key {full}: {said:.300}.") from None
