@@ -433,7 +433,7 @@ class TestMistakes:
             ("pretrain", "model.ffn.num_experts=3", "key model.ffn.num_experts: unknown"),
             ("dpo", "phases=[{name: a, tokens: 3}]", "dpo has no key phases (it belongs to pretrain, sft)."),
             ("pretrain", "epochs=2", "pretrain has no key epochs (it belongs to sft, preference)."),
-            ("pretrain", "data.sources.a=1", "key data.sources: data is files, which has no key sources; components of data that have it: mix"),
+            ("pretrain", "data.sources.a=1", "key data.sources: data is files, which has no key sources; components "),
             ("dpo", "loss.z_loss=1e-4", "loss is dpo, which has no key z_loss; components of loss that have it: "),
             ("aries", "loss.z_loss=1e-4", "loss is aries, which has no key z_loss; components of loss that have it: "),
             ("quantize", "optimizer.no_decay=[norm]", "quantize has no key optimizer (it belongs to "),
