@@ -21,7 +21,7 @@ from plmtune.errors import UserError
 from plmtune.evaluation.training_tasks import open_evaluations
 from plmtune.inference.sampling import complete
 from plmtune.io.terminal import echo
-from plmtune.models.hf import load_state, run_state
+from plmtune.models.hf import run_state
 from plmtune.models.hf_config import write_config
 from plmtune.training import launcher
 from plmtune.training import preflight as checks
@@ -30,7 +30,7 @@ from plmtune.training.determinism import measure_cost
 from plmtune.training.effective_dimension import EffectiveDimension
 from plmtune.training.ema import Ema
 from plmtune.training.guard import Guard, handle_skip
-from plmtune.training.init_from import check_finite, find_init_checkpoint
+from plmtune.training.init_from import find_init_checkpoint
 from plmtune.training.monitor import is_due, learning_rates
 from plmtune.training.plot import draw_curves
 from plmtune.training.preflight import TrainingPlan
@@ -90,8 +90,8 @@ class Pretrain:
         drawn = build("init", cfg.init) if cfg.init else None
         self.model.init_weights(torch.Generator().manual_seed(cfg.seed), drawn)
         if init:
-            load_state(self.model, init.directory)
-            check_finite(self.model, init.name)
+            init.load(self.model)
+            self.notes += init.notes
         # From here on the directory exists; a user's mistakes have been found by now.
         self.fingerprints = {name: shard.fingerprint for name, shard in shards.items()}
         self.run = open_run(cfg, runtime, self.fingerprints, saved.state)

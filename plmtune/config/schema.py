@@ -57,6 +57,7 @@ class TrainingConfig(RunConfig):
     """Keys of every recipe that trains. A schema of a user's own has them too."""
 
     init_from: Text | None = None  # weights to start from: a run or a checkpoint directory
+    init_changes: dict[str, Any] = field(default_factory=dict)  # settings of its model to change, as {ffn: siaf}
     seed: Count = 1
     micro_batch_size: Length = 8
     max_grad_norm: Number = 1.0

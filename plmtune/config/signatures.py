@@ -93,7 +93,9 @@ def component_schema(group: str, name: str) -> Any:
 
 def dict_keys() -> set[str]:
     """Full keys that hold a dictionary whose names the user chooses."""
-    return {
+    every = [item for schema in SCHEMAS.values() for item in dataclasses.fields(schema)]
+    plain = {item.name for item in every if item.type == "dict[str, Any]"}
+    return plain | {
         f"{group}.{key.name}"
         for group in component_keys()
         for name in describe_components().get(group, {})

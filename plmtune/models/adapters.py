@@ -6,7 +6,7 @@ hashed to, so that another base is refused. A base may itself be a directory of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -279,14 +279,14 @@ def _restore(state: Mapping[str, tuple[Tensor, ...]], locations: Mapping[str, Pa
                     part.copy_(held)
 
 
-def load_state(model: Decoder, directory: Path, base: Path | None = None) -> None:
+def load_state(model: Decoder, directory: Path, base: Path | None = None, *, added: Collection[str] = ()) -> None:
     """Copy a directory's weights into a model, adapters merged: `hf.load_state` for either kind of directory.
 
     Raises:
         UserError: if they do not fit the model, or the adapters' base is not to be found.
     """
     chain = _chain(directory, base)
-    hf.load_state(model, chain[0])
+    hf.load_state(model, chain[0], added=added)
     for adapters in chain[1:]:
         load_adapter(model, adapters)
         merge(model)

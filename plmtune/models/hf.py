@@ -6,7 +6,7 @@ quantized matrix is three tensors: NAME.weight (integers), NAME.scales and, wher
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,11 +174,14 @@ def load_model(directory: str | Path, device: torch.device | str = "cpu", dtype:
     return model
 
 
-def load_state(model: Decoder, directory: str | Path) -> None:
+def load_state(model: Decoder, directory: str | Path, *, added: Collection[str] = ()) -> None:
     """Copy a directory's weights into a model, sharded or not, keeping the model's dtype and device.
 
     A score head of the model keeps its numbers where the directory has none: a reward model begins with a language
     model's weights.
+
+    Args:
+        added: names of the model's tensors that the directory must lack; they keep their numbers.
 
     Raises:
         UserError: if they do not fit the model, or are quantized, which cannot be trained.
@@ -190,8 +193,8 @@ def load_state(model: Decoder, directory: str | Path) -> None:
             f"{directory} holds a quantized model, whose integers cannot be trained. Start from the checkpoint that "
             "was quantized, and quantize what comes of it."
         )
-    _check(model, directory, locations, names)
-    _fill(model, locations, names)
+    _check(model, directory, locations, names, added)
+    _fill(model, locations, names, added)
 
 
 class _Place(NamedTuple):
@@ -212,8 +215,8 @@ def _locate(directory: Path) -> tuple[dict[str, _Place], Names]:
     return {name if name.startswith(heads) else prefix + name: place for name, place in found.items()}, names
 
 
-def _fill(model: Decoder, locations: Mapping[str, _Place], names: Names) -> None:
-    parameters = model.state_dict()
+def _fill(model: Decoder, locations: Mapping[str, _Place], names: Names, added: Collection[str] = ()) -> None:
+    parameters = {name: tensor for name, tensor in model.state_dict().items() if name not in added}
     if SCORE not in locations:
         parameters.pop(SCORE, None)
     groups = names.groups(parameters)
@@ -242,9 +245,12 @@ def _tensors(locations: Mapping[str, _Place], names: Iterable[str]) -> Iterator[
                 yield name, opened.get_tensor(locations[name].name)
 
 
-def _check(model: Decoder, directory: Path, locations: Mapping[str, _Place], names: Names) -> None:
+def _check(
+    model: Decoder, directory: Path, locations: Mapping[str, _Place], names: Names, added: Collection[str] = ()
+) -> None:
     """Compare every name, shape and dtype with the model, reading headers only."""
-    state = hf_state({name: tensor.to("meta") for name, tensor in model.state_dict().items()}, names)
+    own = {name: tensor.to("meta") for name, tensor in model.state_dict().items() if name not in added}
+    state = hf_state(own, names)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     missing = [name for name in shapes if name not in locations and name != SCORE]
     foreign = [

@@ -61,6 +61,8 @@ class GroupedQueryAttention(nn.Module):
         ValueError: if heads do not divide, or a width below 1 or odd.
     """
 
+    added_settings = ("value_embed",)  # what they add can start without an effect, see `models.added_parts`
+
     def __init__(
         self,
         embed_dim: int,

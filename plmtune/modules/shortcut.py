@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,11 @@ class AugmentedShortcut(nn.Module):
 
     initial: ClassVar = {"up": 0.0}
     drawn_last = True
+
+    @staticmethod
+    def extends(component: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+        """It starts as no shortcut at all; None: as nothing else."""
+        return {} if component == "none" else None
 
     def __init__(self, embed_dim: int, *, num_shortcuts: int = 2, reduction: int = 32) -> None:
         super().__init__()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +70,14 @@ class SIAF(nn.Module):
         self.series_scale = nn.Parameter(torch.empty(num_terms))
         self.series_bias = nn.Parameter(torch.empty(num_terms))
         self.initial = {"series_scale": (1.0, *[0.0] * (num_terms - 1)), "series_bias": 0.0}
+
+    @staticmethod
+    def extends(component: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The settings with which the layer starts equal to another FFN; None: with none."""
+        bias = settings.get("bias", False)
+        if component not in _BASES or bias is not _BASES[component][3] or settings.get("approximate") == "none":
+            return None
+        return {"base": component, "hidden_dim": settings["hidden_dim"]}
 
     def forward(self, x: Tensor) -> Tensor:
         up = self.up_proj(x)

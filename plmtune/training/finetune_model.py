@@ -22,7 +22,7 @@ from plmtune.modules.peft import init_adapters
 from plmtune.registry import Component
 from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.training.checkpoint import Checkpoints
-from plmtune.training.init_from import InitCheckpoint, check_finite, find_init_checkpoint
+from plmtune.training.init_from import InitCheckpoint, find_init_checkpoint
 from plmtune.training.runtime import Runtime
 from plmtune.units import show_bytes
 
@@ -108,8 +108,8 @@ def setup_model(
     model.activation_checkpointing = cfg.runtime.activation_checkpointing
     model.init_weights(generator)  # also what no file holds, such as RoPE's tables
     if init:
-        adapters.load_state(model, init.directory)
-        check_finite(model, init.name)
+        init.load(model)
+        notes += init.notes
     adapter_config: dict[str, Any] = {}
     if cfg.peft:
         assert init is not None

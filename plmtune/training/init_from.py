@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from plmtune.config.schema import TrainingConfig
 from plmtune.config.typed_config import load_config
@@ -14,8 +16,10 @@ from plmtune.errors import NotFinite, UserError
 from plmtune.io import hub, manifest
 from plmtune.io.run_directory import CONFIG
 from plmtune.io.run_summary import finished_runs
+from plmtune.models import adapters
 from plmtune.models.adapters import holds_adapters, load_model_tokenizer, read_model_config
-from plmtune.models.assemble import component_config, component_from_config
+from plmtune.models.added_parts import changed, with_added_parts
+from plmtune.models.assemble import component_config, component_from_config, meta_model
 from plmtune.models.checkpoint_files import checkpoint_directory, warn_if_interrupted
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import Component
@@ -46,11 +50,28 @@ def choose_init_checkpoint(cfg: TrainingConfig, *, allow_missing: bool = False) 
     cfg.init_from = found
     directory = init_checkpoint_directory(found, weights=False)
     if cfg.model is None:
-        cfg.model = component_from_config("model", read_model_config(directory), str(directory))
+        config = read_model_config(directory)
+        if cfg.init_changes:
+            config = changed(config, cfg.init_changes, "key init_changes")
+            message, cfg.init_changes = f"{message}, with init_changes", {}  # `model` now holds them
+        cfg.model = component_from_config("model", config, "key init_changes")
     if cfg.tokenizer is None:
         path = _path_on_any_machine(found, directory)
         cfg.tokenizer = Component("tokenizer", "file", {"path": path, "pattern": "qwen2"})
     return str(message)
+
+
+def check_init_changes(cfg: TrainingConfig) -> None:
+    """Refuse `init_changes` where no model is taken from a checkpoint."""
+    if not cfg.init_changes or cfg.resume:
+        return
+    if cfg.model is not None:
+        raise UserError(
+            "key init_changes: changes the model of init_from, and model names another one. Give model=null "
+            "tokenizer=null, or set the model's own keys (model.ffn=siaf)."
+        )
+    if not cfg.init_from and cfg.recipe not in DEFAULT_INIT_RECIPES:
+        raise UserError("key init_changes: there is no model to change. Give it: init_from=DIR")
 
 
 def pin_revisions(cfg: TrainingConfig, *, weights: bool = False) -> None:
@@ -137,12 +158,24 @@ class InitCheckpoint:
         name: the value of `init_from`.
         continue_schedule: the run enters its schedule after the warmup, with this checkpoint's optimizer state.
         samples_seen: sequences of each source that were trained on, which the run then skips.
+        added: the model's tensors that the checkpoint lacks, of parts that change nothing at their start.
+        notes: a line that says so, to print when the run starts.
     """
 
     name: str
     directory: Path
     continue_schedule: bool
     samples_seen: dict[str, int]
+    added: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def load(self, model: Decoder) -> None:
+        """Copy the weights into a model, which keeps the numbers that it drew for what is added."""
+        adapters.load_state(model, self.directory, added=self.added)
+        for name, parameter in model.named_parameters():
+            if name in self.added and name.startswith("value_embeddings."):
+                torch.nn.init.zeros_(parameter)  # from scratch they are drawn; here they must change nothing
+        check_finite(model, self.name)
 
 
 def find_init_checkpoint(
@@ -162,12 +195,15 @@ def find_init_checkpoint(
     if not init_from:
         return None
     directory = init_checkpoint_directory(init_from, weights=weights)
-    if found := _difference(read_model_config(directory), model.config, ignored=_IGNORED_KEYS[:2]):
+    saved_config = read_model_config(directory)
+    expected, parts = with_added_parts(saved_config, model.config)
+    if found := _difference(expected, model.config, ignored=_IGNORED_KEYS[:2]):
         key, saved, own = found
         raise UserError(
             f"init_from={init_from}: its model has {key}={saved}, this run {own}. "
-            "Use its own: model=null tokenizer=null"
+            "Use its own: model=null tokenizer=null. init_changes can add to it what changes nothing at its start."
         )
+    added = sorted(model.state_dict().keys() - meta_model(saved_config, str(directory)).state_dict().keys())
     named = (directory / "tokenizer.json").is_file() or holds_adapters(directory)
     if named and tokenizer is not None and load_model_tokenizer(directory).fingerprint != tokenizer.fingerprint:
         raise UserError(
@@ -175,9 +211,19 @@ def find_init_checkpoint(
             f"tokenizer=file tokenizer.path={_path_on_any_machine(init_from, directory)}"
         )
     continues = scheduler is not None and scheduler.settings.get("start", "warmup") != "warmup"
+    if scheduler is not None and continues and added:
+        raise UserError(
+            f"init_from={init_from}: it has no optimizer state of the added {', '.join(parts)}, which "
+            f"scheduler.start={scheduler.settings['start']} would resume. Leave scheduler.start out."
+        )
     state = read_trainer_state(directory).get("state", {}) if continues else {}
     seen = state.get("samples_seen", state.get("drawn", {}))  # "drawn": the key of checkpoints written before
-    return InitCheckpoint(init_from, directory, bool(state), dict(seen))
+    numbers = sum(tensor.numel() for name, tensor in model.state_dict().items() if name in added)
+    note = (
+        f"added to the model of {init_from}: {', '.join(parts)}: {len(added):,} tensors of {numbers:,} numbers, which "
+        "change nothing until they are trained"
+    )
+    return InitCheckpoint(init_from, directory, bool(state), dict(seen), added, [note] if added else [])
 
 
 def check_finite(model: Any, init_from: str) -> None:

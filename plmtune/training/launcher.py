@@ -20,7 +20,12 @@ from plmtune.training import distributed
 from plmtune.training.checkpoint import Checkpoints
 from plmtune.training.determinism import preserve_random_state
 from plmtune.training.distributed import broadcast_from_rank0
-from plmtune.training.init_from import DEFAULT_INIT_RECIPES, choose_init_checkpoint, pin_revisions
+from plmtune.training.init_from import (
+    DEFAULT_INIT_RECIPES,
+    check_init_changes,
+    choose_init_checkpoint,
+    pin_revisions,
+)
 from plmtune.training.machine import peak_flops
 from plmtune.training.monitor import RunMonitor
 from plmtune.training.preflight import TrainingPlan, find_sources, show_epochs
@@ -86,6 +91,7 @@ def setup_run(
     find_run(cfg)
     find_sources(cfg.data)  # before a model is looked for, or fetched
     pin_revisions(cfg, weights=fetch)
+    check_init_changes(cfg)
     inherits = cfg.init_from and (cfg.model is None or cfg.tokenizer is None)
     if (cfg.recipe in DEFAULT_INIT_RECIPES or inherits) and not cfg.resume:
         chosen = choose_init_checkpoint(cfg, allow_missing=allow_missing)

@@ -160,7 +160,12 @@ def build_finetuned(cfg: FinetuningConfig, runtime: Runtime, *, fetch: bool) -> 
     model = build_on_meta(cfg.model, tokenizer) if cfg.model else None
     cfg.seq_len = choose_seq_len(cfg.seq_len, model, shown=runtime.is_main)
     if model is not None and not cfg.resume:  # an init_from with another model or tokenizer explains what follows
-        find_init_checkpoint(cfg.init_from, model, tokenizer, cfg.scheduler, weights=False)
+        init = find_init_checkpoint(cfg.init_from, model, tokenizer, cfg.scheduler, weights=False)
+        if init is not None and init.added and cfg.peft:
+            raise UserError(
+                "key peft: adapters are all that is trained, so what the model adds to init_from would stay without an "
+                "effect. Train all weights (peft=null), or leave the added parts out."
+            )
     every = [Component("model", name, {}) for name in sorted(describe_components()["model"])]
     refused: list[UserError] = []
     for chosen in [cfg.model] if cfg.model else every:
