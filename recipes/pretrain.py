@@ -35,6 +35,7 @@ from plmtune.training.monitor import is_due, learning_rates
 from plmtune.training.plot import draw_curves
 from plmtune.training.preflight import TrainingPlan
 from plmtune.training.resume_checks import config_digest, refuse_other_order
+from plmtune.training.rounds import Rounds
 from plmtune.training.run_setup import open_batches, open_run
 from plmtune.training.runtime import Runtime
 from plmtune.training.teacher import TERMS
@@ -98,6 +99,9 @@ class Pretrain:
         if saved.checkpoint and not cfg.allow_data_change:
             seen = saved.state.get("samples_seen", saved.state.get("drawn"))
             refuse_other_order(saved.checkpoint, seen, self.data.order.samples_seen(saved.step))
+        shards_directory = Path(cfg.preparation.directory)
+        self.rounds = Rounds(cfg.multi_round, self.data, runtime, self.run.path, shards_directory, self.fingerprints)
+        self.rounds.restore(saved.state, saved.step)
         self.trained = runtime.distribute(self.model, compile=cfg.runtime.compile)
         self.loss, self.dtype = plan.loss, self.model.dtype  # the dtype to save; in a step FSDP2 shows another
         self.optimizer = build("optimizer", cfg.optimizer, model=self.model)
@@ -129,6 +133,9 @@ class Pretrain:
         rates = {"tokens_per_step": plan.tokens_per_step, "flops_per_token": plan.estimate.flops_per_token}
         with launcher.open_monitor(cfg, run, runtime, plan.num_steps, self.step, **rates) as monitor:
             run.update(num_steps=plan.num_steps, parameters=plan.estimate.parameters)
+            if not self.rounds.begin(self.model, self.step, monitor):
+                monitor.stopped(self.step)
+                return None
             if self.teacher and not self.teacher.prepare(self.model, self.data, self.step, runtime, monitor):
                 monitor.stopped(self.step)
                 return None
@@ -150,6 +157,7 @@ class Pretrain:
                 values = self.train_step(index, batches)
                 self.step = index + 1
                 last = self.step == plan.num_steps
+                round_ends = self.step == self.data.order.known_steps
                 if last or is_due(self.step, cfg.log_every) or self.guard.reason:
                     monitor.log(self.step, values)
                 if last or self.guard.reason:
@@ -165,13 +173,16 @@ class Pretrain:
                 if tasks and tasks.due(self.step, plan.num_steps):
                     measured = tasks.measure(self.model, runtime, run.path, self.step, monitor)
                 stop = monitor.should_stop()
-                if last or stop or is_due(self.step, cfg.checkpoint.every):
+                if round_ends or stop or is_due(self.step, cfg.checkpoint.every):
                     with monitor.paused():
-                        self.save_checkpoint(metrics, wait=last or stop)
+                        self.save_checkpoint(metrics, wait=round_ends or stop)
                 elif self.checkpoints.has_failed(monitor.message):
                     self.save_checkpoint({}, wait=True)
                 stop = stop and not (last and measured)
                 if monitor.ends_after(self.step, saved=self.checkpoints.saved, stop=stop):
+                    return None
+                if round_ends and not self.rounds.begin(self.model, self.step, monitor):
+                    monitor.stopped(self.step)
                     return None
         return self.validation_loss
 
@@ -204,6 +215,7 @@ class Pretrain:
         self.scheduler.step()  # also after a skipped update: the schedule is a function of the step
         self.optimizer.zero_grad(set_to_none=True)
         self.order = self.data.order_digest(self.order, index)
+        values |= {"round": phase.round} if self.cfg.multi_round.rounds > 1 else {}
         return {**values, **rates, "tokens": (index + 1) * self.plan.tokens_per_step, "phase": phase.name}
 
     def _loss(self, batch: Batch) -> Tensor:
@@ -274,6 +286,7 @@ class Pretrain:
                 "config": config_digest(self.cfg),
                 "data": self.fingerprints,
                 **(self.teacher.state_dict() if self.teacher else {}),
+                **self.rounds.state_dict(),
             },
             metrics=metrics,
             wait=wait,

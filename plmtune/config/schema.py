@@ -21,6 +21,7 @@ from plmtune.config.sections import (
     GuardConfig,
     Length,
     MaskConfig,
+    MultiRoundConfig,
     Number,
     PhaseConfig,
     PreparationConfig,
@@ -87,6 +88,7 @@ class PretrainConfig(TrainingConfig):
     micro_batch_size: Length = 8  # sequences a forward pass, on one process
     document_mask: bool = False  # attention stays inside a document
     phases: list[PhaseConfig] = field(default_factory=list)
+    multi_round: MultiRoundConfig = field(default_factory=MultiRoundConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     validation: PretrainValidationConfig = field(default_factory=PretrainValidationConfig)

@@ -44,6 +44,24 @@ class PhaseConfig:
 
 
 @dataclass
+class MultiRoundConfig:
+    """Rounds of pretraining (PanGu-pi Pro): later ones draw a share of the first one's sequences by their losses."""
+
+    rounds: Annotated[int, Range(least=1, most=100)] = 1  # 1: the phases alone
+    keep: Annotated[float, Range(above=0, most=1)] = 0.5  # sequences of each later round, as a share of round 1's
+    draw: Literal["loss", "uniform"] = "loss"  # p = softmax(loss / temperature), or all equally likely
+    temperature: Annotated[float, Range(above=0, most=1000)] = 1.0
+
+    def check(self) -> None:
+        """Refuse settings that nothing reads."""
+        given = [key for key in ("keep", "draw", "temperature") if getattr(self, key) != getattr(MultiRoundConfig, key)]
+        if self.rounds == 1 and given:
+            raise ValueError(f"{given[0]} says what later rounds draw, and there is one round: give rounds=2, or more")
+        if self.draw == "uniform" and "temperature" in given:
+            raise ValueError(f"temperature ({self.temperature:g}) divides losses, which draw=uniform does not read")
+
+
+@dataclass
 class RuntimeConfig:
     """Where and how to compute."""
 

@@ -235,7 +235,8 @@ class Batches:
         ahead: deque[tuple[Thread, Future[list[Batch]]]] = deque()
         try:
             for step in range(start, self.num_steps):
-                for later in range(step + len(ahead), min(self.num_steps, step + 1 + self.num_workers)):
+                # What the next round draws is known only when its first step is due.
+                for later in range(step + len(ahead), min(self.order.known_steps, step + 1 + self.num_workers)):
                     # Daemons, not an executor: the interpreter waits for an executor's threads, and one that hangs in a
                     # read would keep a stopped run alive.
                     future: Future[list[Batch]] = Future()
@@ -278,9 +279,13 @@ class Batches:
             yield batch
 
     def distinct_rows(self, start: int = 0) -> list[tuple[str, int]]:
-        """Return (source, row) of every row that the steps from `start` on read, on any rank, once and in order."""
+        """Return (source, row) of every row that the steps from `start` on read, on any rank, once and in order.
+
+        Before all rounds are drawn these are all rows of the first, since each may be drawn again.
+        """
         found: set[tuple[int, int]] = set()
-        for step in range(start, self.num_steps):
+        known = self.order.known_steps
+        for step in range(start if known == self.num_steps else 0, known):
             found.update(zip(*(part.tolist() for part in self.order.step(step)), strict=True))
         return [(self.order.names[source], row) for source, row in sorted(found)]
 
@@ -291,7 +296,8 @@ class Batches:
 
     def epochs(self) -> dict[str, float]:
         """Return how often the run sees each row of a source."""
-        drawn, rows = self.order.drawn - self.order.skipped, self.order.windows
+        drawn = np.sum([self.order.counts(index) for index in range(len(self.order.phases))], axis=0)
+        rows = self.order.windows
         return {name: int(drawn[i]) / int(rows[i]) for i, name in enumerate(self.order.names)}
 
     def describe(self) -> str:

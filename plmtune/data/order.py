@@ -32,12 +32,14 @@ class Phase:
     """`steps` optimizer steps with one mix of sources; an empty mix weighs them by size.
 
     epochs: replaces a mix: how often every sequence of every source is sampled, see `over`.
+    round: above 1 the phase samples what `Order.set_draw` gives it, in the shares that round 1 sampled the sources in.
     """
 
     name: str
     steps: int
     mix: dict[str, float] = field(default_factory=dict)
     epochs: float | None = None
+    round: int = 1
 
     @classmethod
     def over(cls, epochs: float, num_sequences: int, global_batch_size: int) -> Phase:
@@ -58,7 +60,7 @@ def key_of(*parts: object) -> int:
     return xxhash.xxh3_64_intdigest("\0".join(map(str, parts)).encode())
 
 
-def _mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """SplitMix64's finalizer (Steele et al. 2014): each input bit affects each output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -75,14 +77,14 @@ def permute(index: Ints, n: int, key: int) -> Ints:
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half)) - 1)
     counters = np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    round_keys = _mix64(counters ^ np.uint64(key))
+    round_keys = mix64(counters ^ np.uint64(key))
     out = index.astype(np.uint64)
     todo = np.arange(out.size)
     while todo.size:
         x = out[todo]
         left, right = x >> half, x & low
         for round_key in round_keys:
-            left, right = right, left ^ (_mix64(right ^ round_key) & low)
+            left, right = right, left ^ (mix64(right ^ round_key) & low)
         out[todo] = (left << half) | right
         todo = todo[out[todo] >= n]
     return out.astype(np.int64)
@@ -154,7 +156,7 @@ def _layout_of(counts: tuple[int, ...], key: int) -> tuple[Ints, Ints]:
     source = np.repeat(np.arange(len(counts)), counts)
     before = np.concatenate([np.arange(count) for count in counts])
     size = np.array(counts, dtype=np.uint64)[source]
-    drawn = _mix64(np.arange(source.size, dtype=np.uint64) ^ np.uint64(key)) >> np.uint64(32)
+    drawn = mix64(np.arange(source.size, dtype=np.uint64) ^ np.uint64(key)) >> np.uint64(32)
     place = ((before.astype(np.uint64) << np.uint64(32)) + drawn) // size
     order = np.argsort(place, kind="stable")
     return source[order], before[order]
@@ -230,8 +232,9 @@ class Order:
         self.skipped = np.array([(skip or {}).get(name, 0) for name in self.names], dtype=np.int64)
         # A block is computed at once and cached: numpy's cost of a call is large for a few windows.
         self._block = lru_cache(maxsize=16)(self._compute_block)
-        self._first_step = [0]
+        self.first_steps = [0]  # of each phase, and the step after the last
         self._quotas: list[tuple[int, ...]] = []  # sequences of each source in a phase, where it has a mix
+        self._draws: dict[int, list[Ints]] = {}  # of a later round's phase: the windows of each source, in their order
         # Samples of each source before each phase: an epoch continues over the end of a phase.
         self._samples_before = [self.skipped]
         for index, phase in enumerate(self.phases):
@@ -243,25 +246,54 @@ class Order:
                     f"no source has a whole window ({', '.join(self.names)}), and phase {phase.name} goes over all"
                 )
             self._quotas.append(self._divide(index))
-            self._samples_before.append(self._samples_before[-1] + self._counts(index, self.num_sequences(index)))
-            self._first_step.append(self._first_step[-1] + phase.steps)
+            counted = self._counts(index, self.num_sequences(index)) if phase.round == 1 else 0
+            self._samples_before.append(self._samples_before[-1] + counted)
+            self.first_steps.append(self.first_steps[-1] + phase.steps)
         for index in np.flatnonzero((self.drawn > 0) & (self.windows < 1))[:1]:
             raise ValueError(f"source {self.names[index]} has no whole window, yet a phase's mix draws from it")
 
     @property
     def num_steps(self) -> int:
-        return self._first_step[-1]
+        return self.first_steps[-1]
 
     @property
     def drawn(self) -> Ints:
-        """Samples of each source in the whole run."""
+        """Samples of each source in round 1, and the skipped ones."""
         return self._samples_before[-1]
 
+    @property
+    def known_steps(self) -> int:
+        """The steps before the first round that is not drawn yet."""
+        later = (index for index, phase in enumerate(self.phases) if phase.round > 1 and index not in self._draws)
+        return self.first_steps[next(later, len(self.phases))]
+
+    def counts(self, index: int) -> list[int]:
+        """Return how many sequences of each source a phase samples."""
+        return [int(count) for count in self._counts(index, self.num_sequences(index))]
+
+    def first_round(self) -> list[Ints]:
+        """Return the windows of each source that round 1 samples, ascending and each once."""
+        found = []
+        for name, n, first, stop in zip(self.names, self.windows.tolist(), self.skipped, self.drawn, strict=True):
+            epoch, window = np.divmod(np.arange(first, min(stop, first + n)), max(n, 1))
+            for e in np.unique(epoch).tolist():
+                window[epoch == e] = permute(window[epoch == e], n, key_of(self.seed, name, e))
+            found.append(np.unique(window) if stop - first < n else np.arange(n))
+        return found
+
+    def set_draw(self, index: int, windows: Sequence[Ints]) -> None:
+        """Say which windows of each source the phase of a later round samples, in their order: `counts` of each."""
+        assert self.phases[index].round > 1 and [len(drawn) for drawn in windows] == self.counts(index)
+        self._draws[index] = list(windows)
+
     def samples_seen(self, step: int) -> dict[str, int]:
-        """Return the samples of each source before a step, including the skipped ones."""
-        index = min(bisect_right(self._first_step, step) - 1, len(self.phases) - 1)
-        first = min((step - self._first_step[index]) * self.global_batch_size, self.num_sequences(index))
-        drawn = self._samples_before[index] + self._counts(index, first)
+        """Return the samples of each source before a step, including the skipped ones.
+
+        Those of later rounds do not count: round 1 sampled them.
+        """
+        index = min(bisect_right(self.first_steps, step) - 1, len(self.phases) - 1)
+        first = min((step - self.first_steps[index]) * self.global_batch_size, self.num_sequences(index))
+        drawn = self._samples_before[index] + (self._counts(index, first) if self.phases[index].round == 1 else 0)
         return {name: int(count) for name, count in zip(self.names, drawn, strict=True)}
 
     def num_samples_seen(self, step: int) -> int:
@@ -271,16 +303,17 @@ class Order:
     def phase_index(self, step: int) -> int:
         if not 0 <= step < self.num_steps:
             raise IndexError(f"step {step} of {self.num_steps}")
-        return bisect_right(self._first_step, step) - 1
+        return bisect_right(self.first_steps, step) - 1
 
     def shares(self, index: int) -> dict[str, float]:
         """Return the share of each source in a phase."""
-        drawn = self._samples_before[index + 1] - self._samples_before[index]
-        return dict(zip(self.names, (drawn / drawn.sum()).tolist(), strict=True))
+        counts = self.counts(index)
+        return {name: count / sum(counts) for name, count in zip(self.names, counts, strict=True)}
 
     def weights(self, index: int) -> dict[str, float]:
-        """Return the weight of each source in a phase; without a mix, its size."""
-        mix = self.phases[index].mix or dict(zip(self.names, self.windows.tolist(), strict=True))
+        """Return the weight of each source in a phase; without a mix its size, in later rounds its part of round 1."""
+        sizes = self.windows if self.phases[index].round == 1 else self._samples_before[index] - self.skipped
+        mix = self.phases[index].mix or dict(zip(self.names, sizes.tolist(), strict=True))
         return {name: float(mix.get(name, 0)) for name in self.names}
 
     def step(self, step: int) -> tuple[Ints, Ints]:
@@ -289,7 +322,7 @@ class Order:
         The last step of a phase by epochs may have fewer.
         """
         index = self.phase_index(step)
-        first = (step - self._first_step[index]) * self.global_batch_size
+        first = (step - self.first_steps[index]) * self.global_batch_size
         stop = min(first + self.global_batch_size, self.num_sequences(index))
         sources, windows = [], []
         for block in range(first // BLOCK, (stop - 1) // BLOCK + 1):
@@ -304,6 +337,12 @@ class Order:
         if self.phases[phase].epochs is not None:
             return self._shuffled(np.arange(block * BLOCK, (block + 1) * BLOCK))
         drawn, (source, before) = self._layout(phase, block)
+        if self.phases[phase].round > 1:
+            place = drawn[source] + before
+            window = np.empty_like(place)
+            for s, windows in enumerate(self._draws[phase]):
+                window[source == s] = windows[place[source == s]]
+            return source, window
         epoch, window = np.divmod((self._samples_before[phase] + drawn)[source] + before, self.windows[source])
         for s, e in {*zip(source.tolist(), epoch.tolist(), strict=True)}:
             here = (source == s) & (epoch == e)
@@ -352,5 +391,6 @@ class Order:
         phase, total = self.phases[index], self.num_sequences(index)
         if phase.epochs is not None:
             return ()
-        check_mix(phase, self.names, total)
+        if phase.round == 1:
+            check_mix(phase, self.names, total)
         return tuple(quotas(list(self.weights(index).values()), total))

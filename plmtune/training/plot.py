@@ -61,6 +61,23 @@ def draw_curves(source: Path, target: Path) -> None:
     finish(figure, target, whole=[panels[-1].xaxis] if unit == "step" else [])
 
 
+def draw_losses(losses: Any, drawn: Any, target: Path, *, title: str) -> None:
+    """Draw a histogram of the losses of sequences, with the drawn ones in front, into `target` (a PNG)."""
+    import numpy as np
+
+    figure = new_figure(6, 3.5)
+    panel = figure.subplots()
+    edges = np.histogram_bin_edges(losses, bins=60)
+    for values, label, colour in ((losses, "all", COLOURS[5]), (drawn, "drawn", _VALIDATION)):
+        panel.hist(
+            values, bins=edges, color=colour, alpha=0.7, label=f"{label}: {len(values):,}, mean {values.mean():.3f}"
+        )
+    panel.set_xlabel("loss (nats a token)")
+    panel.set_title(title)
+    _finish(panel, "sequences", fontsize=9)
+    finish(figure, target)
+
+
 def smooth(values: Sequence[float], reach: int) -> list[float]:
     """Mean over up to `reach` neighbours a side. Centred, as a trailing mean lags where a loss falls."""
     sums = [0.0, *itertools.accumulate(values)]

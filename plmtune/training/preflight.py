@@ -21,9 +21,10 @@ from plmtune.config.schema import (
     PretrainConfig,
     SftConfig,
 )
-from plmtune.config.sections import PhaseConfig
+from plmtune.config.sections import MultiRoundConfig, PhaseConfig
 from plmtune.data.examples import refuse_other_kinds
 from plmtune.data.order import Phase, check_mix, show_mix
+from plmtune.data.rounds import later_rounds
 from plmtune.data.shards import Shards
 from plmtune.data.sources import Prepared, named_sources
 from plmtune.errors import UserError, did_you_mean
@@ -94,7 +95,7 @@ class TrainingPlan:
         """The estimate and the phases, to print."""
         rows = []
         for phase in self.phases:
-            mix = show_mix(phase.mix, self.num_sequences(phase))
+            mix = show_mix(phase.mix, self.num_sequences(phase)) if phase.round == 1 else "of round 1, drawn again"
             rows.append(
                 f"phase {phase.name}: {show_count(phase.steps * self.tokens_per_step)} tokens, {phase.steps:,} steps "
                 f"of {show_count(self.tokens_per_step)} tokens" + (f" ({mix})" if mix else "")
@@ -220,6 +221,7 @@ def plan_training(
         raise UserError(f"key global_batch_size: {size} {unit} do not divide among {processes} processes.")
     tokens_per_step = size * cfg.seq_len
     phases = resolve_phases(getattr(cfg, "phases", ()), tokens_per_step)
+    phases += resolve_rounds(getattr(cfg, "multi_round", None), phases)
     plan = TrainingPlan(tokenizer, model, loss, phases, tokens_per_step, cfg.seq_len, None, epochs)
     if not isinstance(cfg, PreferenceConfig):
         plan.teacher = find_teacher(cfg.distillation, cfg.loss, loss, tokenizer, model, cfg.seq_len)
@@ -289,6 +291,15 @@ def resolve_phases(phases: Sequence[PhaseConfig], tokens_per_step: int) -> list[
             steps = math.ceil(parse_count(phase.tokens, f"phases[{index}].tokens") / tokens_per_step)
         resolved.append(Phase(phase.name, steps, dict(phase.mix)))
     return resolved
+
+
+def resolve_rounds(settings: MultiRoundConfig | None, phases: Sequence[Phase]) -> list[Phase]:
+    """Turn the later rounds of a config into phases."""
+    try:
+        steps = sum(phase.steps for phase in phases)
+        return later_rounds(settings.rounds, settings.keep, steps) if settings and phases else []
+    except ValueError as error:
+        raise UserError(f"key multi_round: {error}.") from error
 
 
 def build_scheduler(chosen: Component | None, optimizer: Optimizer, num_steps: int, tokens_per_step: int) -> Any:
