@@ -168,7 +168,7 @@ class ModelShape:
     @property
     def multiplied(self) -> tuple[Matrix, ...]:
         """The matrices that a token is multiplied with; others are only looked up."""
-        looked_up = (POSITIONS,) if self.model.tied else (POSITIONS, EMBEDDING)
+        looked_up = POSITIONS if self.model.tied else (*POSITIONS, EMBEDDING)
         return tuple(m for m in self.matrices if m.name not in looked_up and not m.name.startswith(VALUES))
 
 
@@ -294,7 +294,7 @@ def _gguf_forms(model_shape: ModelShape, scheme: str) -> dict[str, tuple[str, in
         # The vocabulary's projection, and of a mix (_M) what errors hurt most in half of the layers, get 6 bits.
         delicate = matrix.name.endswith(("v_proj", "down_proj")) and kind in ("Q4_K_M", "Q5_K_M")
         delicate = delicate and (layer < first or layer >= last or (layer - first) % 3 == 2)
-        if matrix.name == POSITIONS:
+        if matrix.name in POSITIONS:
             type = "F32"
         elif kind in QUANTIZED and (matrix is head or delicate):
             type = stored_type("Q6_K", matrix.width)

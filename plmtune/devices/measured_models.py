@@ -110,7 +110,7 @@ class PyTorchModel(MeasuredModel):
         total = 0
         model = self.opened.model
         for name, module in model.named_modules():
-            if (name == EMBEDDING and not model.tied) or name == POSITIONS or name.startswith(VALUES):
+            if (name == EMBEDDING and not model.tied) or name in POSITIONS or name.startswith(VALUES):
                 continue  # one row of it is looked up
             if isinstance(module, Quantized):
                 held = module.dense

@@ -90,6 +90,9 @@ class Decoder(nn.Module):
         init_std: standard deviation of the initial matrices.
         post_norms, residual_scale: of each `DecoderLayer`.
         learned_positions: add a learned vector for each position to the embedding (GPT-2).
+        query_layer: the last layer's queries are projected from a learned vector for each position, in place of its
+            normed input, from which keys and values are projected (PanGu-alpha, arXiv 2104.12369, section 2.2). Row n
+            of `query_embeddings` asks for the token that follows the one at position n.
         embed_scale: multiplies the embedding (Gemma, MiniCPM).
         logit_scale: multiplies the logits (MiniCPM).
         logit_soft_cap: logits become logit_soft_cap tanh(logit / logit_soft_cap) (Gemma 2).
@@ -105,7 +108,7 @@ class Decoder(nn.Module):
             not call it.
 
     Raises:
-        ValueError: for a size below 1.
+        ValueError: for a size below 1, or a last layer whose attention does not take queries of their own.
     """
 
     def __init__(
@@ -123,6 +126,7 @@ class Decoder(nn.Module):
         post_norms: bool = False,
         residual_scale: float = 1.0,
         learned_positions: bool = False,
+        query_layer: bool = False,
         embed_scale: float = 1.0,
         logit_scale: float = 1.0,
         logit_soft_cap: float | None = None,
@@ -152,11 +156,8 @@ class Decoder(nn.Module):
         self.quantization: dict[str, Any] = {}
         self.native: Any = None  # it imports this file
         self.observe: Callable[[int, Tensor], None] | None = None
-        # `init_weights` draws the numbers. On the meta device a draw by nn.Embedding imports dynamo: a CPU second.
-        self.tok_embeddings = nn.Embedding(vocab_size, embed_dim, _weight=torch.empty(vocab_size, embed_dim))
-        self.pos_embeddings = None
-        if learned_positions:
-            self.pos_embeddings = nn.Embedding(max_seq_len, embed_dim, _weight=torch.empty(max_seq_len, embed_dim))
+        self.tok_embeddings = _table(vocab_size, embed_dim)
+        self.pos_embeddings = _table(max_seq_len, embed_dim) if learned_positions else None
         self.layers = nn.ModuleList(
             DecoderLayer(
                 attention(index),
@@ -173,12 +174,13 @@ class Decoder(nn.Module):
         self.value_embeddings = None
         if any(widths.values()):
             self.value_embeddings = nn.ModuleDict(
-                {
-                    index: nn.Embedding(vocab_size, width, _weight=torch.empty(vocab_size, width))
-                    for index, width in widths.items()
-                    if width
-                }
+                {index: _table(vocab_size, width) for index, width in widths.items() if width}
             )
+        self.query_embeddings = None
+        if query_layer:
+            if not getattr(cast(Any, self.layers[-1]).attention, "takes_query", False):
+                raise ValueError("the query layer's attention must take queries of their own: use gqa or mha")
+            self.query_embeddings = _table(max_seq_len, embed_dim)
         self.norm = norm(embed_dim)
         if not tie_embeddings:
             self.output = nn.Linear(embed_dim, vocab_size, bias=False)
@@ -345,7 +347,7 @@ class Decoder(nn.Module):
                 return found if hidden else self.logits(found)
         x = self.embed(tokens, input_pos, start=t - s)
         for index, layer in enumerate(self.layers):
-            of_tokens = self.of_tokens(index, tokens)
+            of_tokens = self.of_tokens(index, tokens, input_pos, start=t - s)
             if self.activation_checkpointing and self.training and cache is None:
                 x = checkpoint(layer, x, mask=mask, input_pos=input_pos, use_reentrant=False, **of_tokens)
             else:
@@ -366,22 +368,42 @@ class Decoder(nn.Module):
         """
         x = self.tok_embeddings(tokens)
         if self.pos_embeddings is not None:
-            at = torch.arange(start, start + tokens.shape[1], device=tokens.device) if input_pos is None else input_pos
-            x = x + self.pos_embeddings(at)
+            x = x + self.pos_embeddings(_places(tokens, input_pos, start))
         if self.embed_scale != 1:
             x = x * torch.tensor(self.embed_scale, dtype=x.dtype).item()  # rounded first, as in transformers
         return _as_computed(x)
 
-    def of_tokens(self, index: int, tokens: Tensor) -> dict[str, Any]:
-        """What a layer gets of the tokens, [b, s], besides hidden states, as keywords: value, its value embeddings."""
-        if self.value_embeddings is None or str(index) not in self.value_embeddings:
-            return {}
-        return {"value": _as_computed(self.value_embeddings[str(index)](tokens))}
+    def of_tokens(
+        self, index: int, tokens: Tensor, input_pos: Tensor | None = None, *, start: int = 0
+    ) -> dict[str, Tensor]:
+        """What a layer gets of tokens (Tensor), [b, s], besides hidden states, as keywords: value, its value
+        embeddings; query, what the query layer asks with, [b, s, d].
+
+        Args:
+            input_pos (Tensor | None): as for `embed`.
+        """
+        found = {}
+        if self.value_embeddings is not None and str(index) in self.value_embeddings:
+            found["value"] = _as_computed(self.value_embeddings[str(index)](tokens))
+        if self.query_embeddings is not None and index == len(self.layers) - 1:
+            query = _as_computed(self.query_embeddings(_places(tokens, input_pos, start)))
+            found["query"] = query.expand(*tokens.shape, -1)
+        return found
 
     def finish(self, x: Tensor) -> Tensor:
         """The normed hidden states, [b, s, d], of the last layer's output (Tensor), [b, s, d]."""
         x = self.norm(x)
         return x if self.logit_scale == 1 else x * self.logit_scale
+
+
+def _table(rows: int, width: int) -> nn.Embedding:
+    # `init_weights` draws the numbers. On the meta device a draw by nn.Embedding imports dynamo: a CPU second.
+    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
+
+
+def _places(tokens: Tensor, input_pos: Tensor | None, start: int) -> Tensor:
+    """Positions of tokens (Tensor), [b, s]: input_pos, [b, s], or those from `start` on, [s]."""
+    return torch.arange(start, start + tokens.shape[1], device=tokens.device) if input_pos is None else input_pos
 
 
 def _as_computed(embedded: Tensor) -> Tensor:

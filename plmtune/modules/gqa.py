@@ -62,6 +62,7 @@ class GroupedQueryAttention(nn.Module):
     """
 
     added_settings = ("value_embed",)  # what they add can start without an effect, see `models.added_parts`
+    takes_query = True
 
     def __init__(
         self,
@@ -140,13 +141,17 @@ class GroupedQueryAttention(nn.Module):
         input_pos: Tensor | None = None,
         cache: LayerCache | None = None,
         value: Tensor | None = None,
+        query: Tensor | None = None,
     ) -> Tensor:
         """Attend from x (Tensor), hidden states, [b, s, d]; mask, input_pos and cache are `Decoder.forward`'s.
 
         Args:
             value (Tensor | None): the tokens' value embeddings, [b, s, value_embed_width], where the layer has them.
+            query (Tensor | None): what queries are projected from, [b, s, d]; None: x.
         """
-        return add_shortcut(self._attend(x, mask, input_pos, cache, value), x, self.shortcut)
+        return add_shortcut(
+            self._attend(x, mask, input_pos, cache, value, x if query is None else query), x, self.shortcut
+        )
 
     def _attend(
         self,
@@ -155,10 +160,12 @@ class GroupedQueryAttention(nn.Module):
         input_pos: Tensor | None,
         cache: LayerCache | None,
         value: Tensor | None,
+        query: Tensor,
     ) -> Tensor:
         b, s, _ = x.shape
         start = cache.start if cache else 0
-        q, k, v = (proj(x).view(b, s, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        read = ((self.q_proj, query), (self.k_proj, x), (self.v_proj, x))
+        q, k, v = (proj(of).view(b, s, -1, self.head_dim) for proj, of in read)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.value_gate is not None:

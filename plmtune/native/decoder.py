@@ -40,7 +40,10 @@ class _BoundModel(TensorRefs):
     def __init__(self, model: Decoder) -> None:
         super().__init__()
         require(type(model) is Decoder)
-        require(model.pos_embeddings is model.value_embeddings is None and model.embed_scale == model.logit_scale == 1)
+        require(
+            model.pos_embeddings is model.value_embeddings is model.query_embeddings is None
+            and model.embed_scale == model.logit_scale == 1
+        )
         self.tables: list[Tensor] = []
         # (a module's own dictionary, name, what it held)
         self.held: list[tuple[dict[str, Any], str, object]] = []

@@ -29,7 +29,8 @@ from plmtune.registry import register
 KEEP = "keep"
 EMBEDDING, HEAD = "tok_embeddings", "output"
 VALUES = "value_embeddings."  # of layers: tables as the embedding is
-POSITIONS = "pos_embeddings"  # never quantized, as in llama.cpp: there are few, and each is added to a hidden state
+# Looked up by position; never quantized, as in llama.cpp: there are few, and each is added to a hidden state or asks.
+POSITIONS = ("pos_embeddings", "query_embeddings")
 
 
 class LayerFormats(dict[str, Format]):
@@ -124,7 +125,7 @@ def candidates(model: nn.Module) -> dict[str, tuple[int, int]]:
     for name, module in model.named_modules():
         if isinstance(module, Quantized):
             raise ValueError(f"the model is quantized already ({name} is {module.format.name}): take the one before")
-    return {name: shape for name, shape in shapes(model).items() if name != POSITIONS}
+    return {name: shape for name, shape in shapes(model).items() if name not in POSITIONS}
 
 
 def _choose(model: nn.Module, linear: Format | None, embedding: str, rules: Mapping[str, str]) -> dict[str, Format]:

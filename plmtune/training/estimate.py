@@ -246,10 +246,11 @@ def activation_bytes(
         whole = _saved_bytes(model, ids, tokens, compute_dtype, casts, hidden=True)
         if not activation_checkpointing:
             return whole
-        widths = [getattr(layer.attention, "value_embed_width", 0) for layer in held.layers]
-        of_tokens = [{"value": hidden.new_empty(2, _TRIED, width)} if width else {} for width in widths]
-        pairs = zip(held.layers, of_tokens, strict=True)
-        layers = [_saved_bytes(layer, hidden, tokens, compute_dtype, casts, **given) for layer, given in pairs]
+        layers = []
+        for index, layer in enumerate(held.layers):
+            given = held.of_tokens(index, ids.to(held.device))
+            given = {name: hidden.new_empty(x.shape) for name, x in given.items()}
+            layers.append(_saved_bytes(layer, hidden, tokens, compute_dtype, casts, **given))
         inputs = len(layers) * tokens * held.embed_dim * compute_dtype.itemsize
         return whole - sum(layers) + inputs + max(layers)
     finally:
@@ -274,7 +275,12 @@ def _saved_bytes(
     """Bytes that a forward of so many tokens saves: a line through those of one row of `inputs` and of both."""
     # Autocast does not know the meta device: parameters in its dtype give the same activations, and the
     # copies that it would make of the matrices are added.
-    ends = ("tok_embeddings.", "value_embeddings.", "output.")  # some are only read, and the head's is the loss's
+    ends = (
+        "tok_embeddings.",
+        "value_embeddings.",
+        "query_embeddings.",
+        "output.",
+    )  # some are only read, and the head's is the loss's
     matrices = sum(p.numel() for name, p in module.named_parameters() if p.ndim > 1 and not name.startswith(ends))
     copies = dtype.itemsize * matrices if casts and dtype != torch.float32 else 0
 
