@@ -24,7 +24,7 @@ def pangu_alpha(
     """PanGu-alpha 2.6B by default, with its vocabulary of 40,000.
 
     The last of num_layers is the query layer, as in the released code (init=gpt2 has its scaling of the output
-    projections). document_mask=true begins positions and attention anew at each document, as the paper does.
+    projections). document_mask=true resets positions and attention at each document, as the paper does.
 
     Args:
         others: as for plm.
