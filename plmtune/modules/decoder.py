@@ -375,7 +375,7 @@ class Decoder(nn.Module):
 
     def of_tokens(
         self, index: int, tokens: Tensor, input_pos: Tensor | None = None, *, start: int = 0
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         """What a layer gets of tokens (Tensor), [b, s], besides hidden states, as keywords: value, its value
         embeddings; query, what the query layer asks with, [b, s, d].
 
