@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,16 @@ from plmtune.models.checkpoint_files import checkpoint_directory, read_json
 from plmtune.models.hf import num_bytes, save_model
 from plmtune.models.unquantized import build_on_meta, load_finite
 from plmtune.modules.decoder import Decoder
-from plmtune.pruning.cut import Cut, apply_cut, build_cut
-from plmtune.pruning.depth import block_influence, layers_by_importance, layers_by_rises, rises_without
+from plmtune.pruning.cut import Cut, apply_cut
+from plmtune.pruning.depth import Run, block_influence, layers_by_importance, layers_by_rises, rises_without
 from plmtune.pruning.depth_plot import draw_influence, draw_rises
 from plmtune.pruning.groups import groups_of
-from plmtune.pruning.hard_concrete import HardConcrete, Multipliers, refuse_unreachable
+from plmtune.pruning.hard_concrete import refuse_unreachable
+from plmtune.pruning.kept import Kept, key_of, rises_of, tensors_of
+from plmtune.pruning.mask_training import MaskTraining, mask_shares
 from plmtune.pruning.masked import LAYERS, masked
 from plmtune.pruning.report import FILE, Report
-from plmtune.pruning.sizes import Sizes, refuse_too_much, resolve, sizes_of
+from plmtune.pruning.sizes import Sizes, asked_sizes, methods, refuse_too_much, resolve, sizes_of
 from plmtune.pruning.width import choose_units, importance, mean_loss, shares_that_stay
 from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.training.run_setup import find_run, open_run
@@ -46,7 +48,6 @@ CONFIG = "prune"  # conf/prune.yaml
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", MODEL_CONFIG, "tokenizer.json", "tokenizer_config.json")
 
 _BATCH = 4  # rows of text in a forward, and in a backward of Taylor's importance
-_MISSED = 0.05  # share of the units by which a mask misses its size
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,12 @@ def preflight(cfg: Config) -> Inputs:
         refuse_unusable(Path(cfg.run_dir))
     model = build_on_meta(checkpoint, "prune")
     before = sizes_of(model)
-    after = resolve(before, _asked(cfg, before))
-    depth, width = _methods(cfg, before, after)
-    if shares := _mask_shares(model, depth, width, before, after):
+    after = resolve(before, asked_sizes(cfg.model.sizes(), cfg.depth.layers, before))
+    depth, width = methods(cfg.importance, cfg.depth.importance, cfg.depth.layers, before, after)
+    if shares := mask_shares(model, depth, width, before, after):
         refuse_unreachable(shares, steps=cfg.mask.steps, lr=cfg.mask.lr)
     layers = tuple(cfg.depth.layers or range(after.num_layers))
-    smaller = build_cut(model, Cut(layers, choose_units(groups_of(model), {}, after)))
+    smaller = apply_cut(model, Cut(layers, choose_units(groups_of(model), {}, after)))  # refuses what it cannot cut
     parameters, parameters_after = (sum(p.numel() for p in each.parameters()) for each in (model, smaller))
     forced = refuse_too_much(parameters, parameters_after, force=cfg.force)
     seq_len = cfg.seq_len or min(512, model.max_seq_len)
@@ -130,38 +131,6 @@ def preflight(cfg: Config) -> Inputs:
     return found
 
 
-def _asked(cfg: Config, before: Sizes) -> dict[str, int | None]:
-    """The sizes that the config asks for, by setting; layers that are named count."""
-    asked = cfg.model.sizes()
-    if kept := cfg.depth.layers:
-        if asked["num_layers"] not in (None, len(kept)):
-            raise UserError(
-                f"key depth.layers: names {len(kept)} layers, and model.num_layers is {cfg.model.num_layers}. "
-                "Leave one out."
-            )
-        if kept[-1] >= before.num_layers:
-            raise UserError(
-                f"key depth.layers: there is no layer {kept[-1]}: the checkpoint has layers 0 to "
-                f"{before.num_layers - 1}."
-            )
-        asked["num_layers"] = len(kept)
-    return asked
-
-
-def _methods(cfg: Config, before: Sizes, after: Sizes) -> tuple[str | None, str | None]:
-    """How layers and units are chosen; None: all stay."""
-    depth = "hand" if cfg.depth.layers else cfg.depth.importance or ("mask" if cfg.importance == "mask" else "skip")
-    goes = after.num_layers < before.num_layers
-    shrinks = replace(after, num_layers=before.num_layers) != before
-    return depth if goes else None, cfg.importance if shrinks else None
-
-
-def _mask_shares(model: Decoder, depth: str | None, width: str | None, before: Sizes, after: Sizes) -> dict[str, float]:
-    """The share that stays under each mask that is learned with others: of layers, and of units of groups."""
-    layers = {LAYERS: after.num_layers / before.num_layers} if depth == "mask" else {}
-    return layers | (shares_that_stay(groups_of(model), after) if width == "mask" else {})
-
-
 class Prune:
     """One model, from its checkpoint to a smaller one that loads like any other."""
 
@@ -185,9 +154,10 @@ class Prune:
         self.measured: dict[str, Any] = {}
         self.run = open_run(cfg, runtime, self.text.fingerprints)
         self.signals = Interruptible(self.run.path)
+        self.kept = Kept(self.run.path, key_of([self.text.calibration, *self.model.state_dict().values()]))
 
     def prune(self) -> Report:
-        """Choose layers and units, cut, measure, save; return the report. A resumed run starts over."""
+        """Choose layers and units, cut, measure, save; return the report. A resumed run keeps what was measured."""
         inputs, text = self.inputs, self.text
         if text.description:
             counts = {"choose by": text.calibration.numel(), "measure on": text.num_test_predictions}
@@ -219,6 +189,7 @@ class Prune:
             measured=self.measured,
         )
         report.write(self.run.path)
+        self.kept.remove()
         manifest.write(self.run.path, 0, {}, only=MODEL_FILES)
         self.run.update(parameters=small.num_parameters)
         return report
@@ -227,7 +198,7 @@ class Prune:
         """The model that stays, and its cut: of layers first, then of the units of the model without the others."""
         inputs, scores = self.inputs, {}
         if inputs.depth == inputs.width == "mask":
-            scores = self.learn_masks(self.model, _mask_shares(self.model, "mask", "mask", inputs.before, inputs.after))
+            scores = self.learn_masks(self.model, mask_shares(self.model, "mask", "mask", inputs.before, inputs.after))
         first = Cut(self.choose_layers(scores))
         model = apply_cut(self.model, first) if inputs.depth is not None else self.model
         if inputs.width is None:
@@ -237,9 +208,10 @@ class Prune:
             scores = first.renumbered(scores)
         elif inputs.width == "mask":
             scores = self.learn_masks(model, shares_that_stay(groups, inputs.after))
-        else:
+        elif not (scores := self.kept.read("units")):
             batches = self.batches(self.some(self.cfg.calibration_tokens), "read for importances")
             scores = importance(model, groups, inputs.width, batches)  # type: ignore[arg-type]
+            self.kept.save("units", scores)
         second = Cut(tuple(range(len(model.layers))), choose_units(groups, scores, inputs.after))
         return apply_cut(model, second), second.after(first)
 
@@ -262,10 +234,15 @@ class Prune:
             draw_influence(values, kept, path, tokens=tokens)
         else:
             ids = [batch.to(self.model.device) for batch in rows.split(_BATCH)]
-            longest = self.cfg.depth.adjacent
-            rises = rises_without(
-                self.model, ids, longest, progress=lambda runs: self.signals.progress(runs, "runs of layers skipped")
-            )
+            rises = rises_of(self.kept.read("rises"))
+            with self.kept.saving("rises", lambda: tensors_of(rises)) as due:
+
+                def left(runs: Sequence[Run]) -> Iterator[Run]:
+                    for run in self.signals.progress(runs, "runs of layers skipped"):
+                        due()
+                        yield run
+
+                rises_without(self.model, ids, self.cfg.depth.adjacent, found=rises, progress=left)
             self.measured["rises"] = [
                 {"first": first, "layers": n, "nats": nats} for (first, n), nats in sorted(rises.items())
             ]
@@ -275,7 +252,8 @@ class Prune:
         return kept
 
     def learn_masks(self, model: Decoder, shares: Mapping[str, float]) -> dict[str, Tensor]:
-        """Train a gate for each layer or unit of some groups, by the loss of the masked model, whose weights stay.
+        """Train a gate for each layer or unit of some groups, by the loss of the masked model. Its weights train with
+        them at mask.weights_lr; at 0 they stay.
 
         Args:
             shares: of the units of each group, or of the layers, that stay.
@@ -283,52 +261,45 @@ class Prune:
         Returns:
             A number for each unit, larger for those that stay.
         """
-        cfg, device = self.cfg.mask, model.device
-        units = {name: group.units for name, group in groups_of(model).items()} | {LAYERS: len(model.layers)}
-        gates = HardConcrete({name: units[name] for name in shares}).to(device)
-        multipliers = Multipliers(shares, warmup=int(cfg.warmup * cfg.steps)).to(device)
-        ascent: dict[str, Any] = {"params": [*multipliers.parameters()], "maximize": True}
-        optimizer = torch.optim.Adam([{"params": [*gates.parameters()]}, ascent], lr=cfg.lr)
-        generator = torch.Generator().manual_seed(cfg.seed)
-        rows = self.batches_without_end(self.some(cfg.tokens), generator)
+        cfg = self.cfg.mask
+        training = MaskTraining(
+            model,
+            shares,
+            self.some(cfg.tokens),
+            steps=cfg.steps,
+            batch_size=cfg.batch_size,
+            warmup=cfg.warmup,
+            lr=cfg.lr,
+            weights_lr=cfg.weights_lr,
+            seed=cfg.seed,
+        )
+        if state := self.kept.read("mask"):
+            training.load(state)
+            echo(f"mask: resumed at step {training.step:,}")
         now: dict[str, Tensor] = {}
-        model.requires_grad_(False)
-        with masked(model, lambda: now), Progress() as progress:
-            for step in range(cfg.steps):
+        with self.kept.saving("mask", training.state) as due, masked(model, lambda: now), Progress() as progress:
+            while training.step < cfg.steps:
+                due()
                 self.signals.stop_if_asked()
-                now = gates.sample(generator)
-                loss = mean_loss(model, next(rows).to(device))
-                kept = gates.kept()
-                (loss + multipliers(kept, step)).backward()
-                optimizer.step()
-                gates.clip()
-                optimizer.zero_grad()
-                gaps = [float(kept[name].detach().mean()) - multipliers.target(name, step) for name in shares]
+                now = training.draw()
+                loss = mean_loss(model, training.next_rows().to(model.device))
+                (loss + training.penalty()).backward()
+                training.update()
                 progress.update(
-                    f"mask step {step + 1:,}/{cfg.steps:,}",
+                    f"mask step {training.step:,}/{cfg.steps:,}",
                     f"loss {float(loss.detach()):.4f}",
-                    f"largest gap to the target {max(gaps, key=abs):+.1%}",
+                    f"largest gap to the target {training.largest_gap():+.1%}",
                 )
         model.requires_grad_(True)
-        reached = {name: float(values.detach().mean()) for name, values in gates.kept().items()}
+        reached = training.reached()
         self.measured["masks"] = {name: {"target": shares[name], "reached": reached[name]} for name in shares}
-        missed = [name for name in shares if abs(reached[name] - shares[name]) > _MISSED]
-        if missed:
-            worst = max(missed, key=lambda name: abs(reached[name] - shares[name]))
-            echo(
-                f"{len(missed)} of {len(shares)} masks have not reached their size: {worst} keeps {reached[worst]:.1%} "
-                f"of its units, and {shares[worst]:.1%} were asked for. More mask.steps choose better."
-            )
-        return gates.scores()
-
-    def batches_without_end(self, rows: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
-        """Yield rows of a step, in a new order after all were seen."""
-        order = torch.empty(0, dtype=torch.long)
-        while True:
-            while len(order) < self.cfg.mask.batch_size:
-                order = torch.cat((order, torch.randperm(len(rows), generator=generator)))
-            now, order = order.split((self.cfg.mask.batch_size, len(order) - self.cfg.mask.batch_size))
-            yield rows[now]
+        if cfg.weights_lr:
+            tokens = cfg.steps * cfg.batch_size * self.inputs.seq_len
+            self.measured["weights"] = {"lr": cfg.weights_lr, "tokens": tokens}
+            echo(f"the weights were trained with the masks, on {tokens:,} tokens")
+        if missed := training.missed():
+            echo(missed)
+        return training.gates.scores()
 
     def some(self, tokens: int) -> Tensor:
         """Rows of the text to choose by, at even distances."""

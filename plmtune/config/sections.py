@@ -310,11 +310,12 @@ class DepthConfig:
 
 @dataclass
 class MaskConfig:
-    """How a mask is learned; the weights stay as they are."""
+    """How a mask is learned."""
 
     steps: Size = 400
     batch_size: Length = 8  # rows a step
     tokens: Size = 262_144  # of text that it is learned on, seen again where the steps take more
     lr: Annotated[float, Range(above=0, most=100)] = 1.0  # of the gates and of the multipliers
+    weights_lr: Number = 0.0  # of the weights, which train with the gates; 0: they stay as they are
     warmup: Annotated[float, Range(least=0, most=1)] = 0.2  # share of the steps in which the model shrinks to its size
     seed: Count = 1

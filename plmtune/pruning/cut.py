@@ -14,7 +14,7 @@ from plmtune.errors import UserError
 from plmtune.models.assemble import meta_model
 from plmtune.models.family import each_layer_type
 from plmtune.modules.decoder import Decoder
-from plmtune.pruning.groups import SETTINGS, Group, Part, groups_of
+from plmtune.pruning.groups import CHANNELS, SETTINGS, Group, Part, groups_of
 
 T = TypeVar("T")
 
@@ -100,6 +100,8 @@ def cut_config(model: Decoder, cut: Cut) -> dict[str, Any]:
         if len(kept) < groups[name].units:
             _set(config, SETTINGS[groups[name].kind], len(kept))
     attention = config.get("attention", {})
+    if CHANNELS in cut.units:
+        _keep_shortcut_width(config, model.embed_dim)
     width = getattr(cast(Any, model.layers[0]).attention, "head_dim", None)
     if width is not None and attention.get("head_dim", 0) is None and _default_width(config) != width:
         attention["head_dim"] = width
@@ -117,6 +119,20 @@ def cut_config(model: Decoder, cut: Cut) -> dict[str, Any]:
                 config["layers"] = kept_kinds
         _set(config, "num_layers", len(cut.layers))
     return config
+
+
+def _keep_shortcut_width(config: dict[str, Any], embed_dim: int) -> None:
+    """Change the reduction of augmented shortcuts so that they are as wide inside as at embed_dim."""
+    shortcut = config.get("attention", {}).get("shortcut", {})
+    if "reduction" not in shortcut:
+        return
+    width, after = embed_dim // shortcut["reduction"], config["embed_dim"]
+    shortcut["reduction"] = after // width
+    if not shortcut["reduction"] or after // shortcut["reduction"] != width:
+        raise UserError(
+            f"key model.embed_dim: the augmented shortcuts are {width} wide inside, and no "
+            f"attention.shortcut.reduction gives that at {after}. Ask for a multiple of {width}."
+        )
 
 
 def _default_width(config: Mapping[str, Any]) -> int | None:

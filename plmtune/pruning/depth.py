@@ -24,6 +24,7 @@ def rises_without(
     batches: Sequence[Tensor],
     longest: int,
     *,
+    found: dict[Run, float] | None = None,
     progress: Callable[[Sequence[Run]], Iterable[Run]] = iter,
 ) -> dict[Run, float]:
     """The rise of the loss, nats a token, when adjacent layers are skipped (PanGu-pi Pro, arXiv 2402.02791).
@@ -31,14 +32,16 @@ def rises_without(
     Args:
         batches: ids, [b, s], on the model's device; a few thousand tokens suffice.
         longest: most layers that are skipped together.
+        found: what was measured before, which is not measured again; the others are added.
         progress: wraps the iteration over the runs of layers.
     """
     count = len(model.layers)
+    found = {} if found is None else found
     runs = [(first, n) for n in range(1, min(longest, count) + 1) for first in range(count - n + 1)]
+    runs = [run for run in runs if run not in found]
     inputs = [_inputs(model, ids) for ids in batches]
     tokens = sum(ids[:, 1:].numel() for ids in batches)
     base = sum(_nats(model, held[-1], count, ids) for held, ids in zip(inputs, batches, strict=True))
-    found = {}
     for first, n in progress(runs):
         nats = sum(_nats(model, held[first], first + n, ids) for held, ids in zip(inputs, batches, strict=True))
         found[first, n] = (nats - base) / tokens

@@ -126,6 +126,8 @@ def _of_attention(attention: nn.Module, prefix: str, layer: int, channels: list[
         return [Part(f"{prefix}{name}.weight", 1, width)]
 
     channels += rows("o_proj", 1) if hasattr(held, "o_proj") else []
+    if getattr(held, "shortcut", None) is not None:  # its inner width stays
+        channels += [Part(f"{prefix}shortcut.down", 1), Part(f"{prefix}shortcut.up", 0)]
     if hasattr(held, "kv_lora_rank"):
         heads, rank, nope, v = held.num_heads, held.kv_lora_rank, held.qk_nope_head_dim, held.v_head_dim
         queries = "q_proj" if held.q_lora_rank is None else "q_b_proj"

@@ -73,6 +73,8 @@ def masked(model: Decoder, masks: Callable[[], Mapping[str, Tensor]]) -> Iterato
                 names = [f"layers.{index}.{kind}" for kind in kinds]
                 stack.callback(module.register_forward_pre_hook(mask_input(names, module.in_features)).remove)
                 stack.callback(module.register_forward_hook(mask_channels).remove)
+            if getattr(held.attention, "shortcut", None) is not None:
+                stack.callback(held.attention.shortcut.register_forward_hook(mask_channels).remove)
             stack.callback(layer.register_forward_hook(mask_layer(index)).remove)
         yield
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 from plmtune.errors import UserError
@@ -81,6 +81,42 @@ def resolve(before: Sizes, asked: Mapping[str, int | None]) -> Sizes:
             f"key model: nothing is to be pruned. Give smaller sizes, as model.num_layers=2. Now: {_listed(before)}."
         )
     return after
+
+
+def asked_sizes(sizes: Mapping[str, int | None], layers: Sequence[int], before: Sizes) -> dict[str, int | None]:
+    """The sizes that are asked for, by setting, where layers that are to stay count.
+
+    Args:
+        sizes: setting -> size; None: it is not given.
+        layers: numbers of those that stay, ascending; empty: they are not given.
+
+    Raises:
+        UserError: if the two disagree, or a layer does not exist.
+    """
+    asked = dict(sizes)
+    if layers:
+        if asked["num_layers"] not in (None, len(layers)):
+            raise UserError(
+                f"key depth.layers: names {len(layers)} layers, and model.num_layers is {asked['num_layers']}. "
+                "Leave one out."
+            )
+        if layers[-1] >= before.num_layers:
+            raise UserError(
+                f"key depth.layers: there is no layer {layers[-1]}: the checkpoint has layers 0 to "
+                f"{before.num_layers - 1}."
+            )
+        asked["num_layers"] = len(layers)
+    return asked
+
+
+def methods(
+    importance: str, depth_importance: str | None, layers: Sequence[int], before: Sizes, after: Sizes
+) -> tuple[str | None, str | None]:
+    """How layers and units are chosen, by the keys importance, depth.importance and depth.layers; None: all stay."""
+    depth = "hand" if layers else depth_importance or ("mask" if importance == "mask" else "skip")
+    goes = after.num_layers < before.num_layers
+    shrinks = replace(after, num_layers=before.num_layers) != before
+    return depth if goes else None, importance if shrinks else None
 
 
 def _heads(heads: int, kv_heads: int, wanted: Mapping[str, int]) -> dict[str, int]:

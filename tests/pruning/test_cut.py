@@ -50,7 +50,25 @@ def _value_embeddings() -> Decoder:
     return _made(llama, attention=gqa, ffn=component("ffn", "swiglu", hidden_dim=72))
 
 
-BUILT = {"plm": _plm, "minicpm": _minicpm, "value embeddings": _value_embeddings}
+def _shortcuts() -> Decoder:
+    gqa = component("attention", "gqa", num_kv_heads=2, shortcut=component("shortcut", "augmented", reduction=24))
+    return _made(llama, attention=gqa, ffn=component("ffn", "siaf", hidden_dim=72))
+
+
+def _latent_shortcuts() -> Decoder:
+    shortcut = component("shortcut", "augmented", num_shortcuts=3, reduction=24)
+    sizes = {"kv_lora_rank": 20, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10}
+    mla = component("attention", "mla", shortcut=shortcut, **sizes)
+    return _made(plm, attention=mla, ffn=component("ffn", "squared_relu", hidden_dim=72))
+
+
+BUILT = {
+    "plm": _plm,
+    "minicpm": _minicpm,
+    "value embeddings": _value_embeddings,
+    "shortcuts": _shortcuts,
+    "MLA with shortcuts": _latent_shortcuts,
+}
 NAMES = [*FAMILIES, *BUILT]
 
 
@@ -200,6 +218,24 @@ class TestPatterns:
         ):
             apply_cut(whole, Cut((1, 3)))
         assert len(apply_cut(whole, Cut((0, 2, 3))).layers) == 3
+
+
+class TestShortcuts:
+    def test_they_are_as_wide_inside_as_before(self) -> None:
+        model = _shortcuts()  # 48 / 24 = 2 wide
+        small = apply_cut(model, Cut((0, 1, 2, 3), {CHANNELS: without(48, *range(7))}))
+        assert small.config["attention"]["shortcut"]["reduction"] == 41 // 2
+        assert small.layers[0].attention.shortcut.down.shape == (4, 41)
+
+    def test_a_width_that_no_reduction_gives_is_refused(self) -> None:
+        model = _made(
+            llama,
+            attention=component("attention", "gqa", shortcut=component("shortcut", "augmented", reduction=2)),
+            ffn=component("ffn", "swiglu", hidden_dim=72),
+        )
+        said = r"key model.embed_dim: .* are 24 wide inside, and no .*reduction gives that at 47. Ask for a multiple"
+        with pytest.raises(UserError, match=said):
+            apply_cut(model, Cut((0, 1, 2, 3), {CHANNELS: without(48, 1)}))
 
 
 class TestUnknownParts:

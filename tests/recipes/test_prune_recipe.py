@@ -1,6 +1,7 @@
 """The recipe prune: a smaller directory that loads like any other, with a report of what was kept."""
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from plmtune.models.hf import save_model
 from plmtune.models.llama import llama
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
+from plmtune.pruning import depth
+from plmtune.pruning.kept import Kept
 from plmtune.registry import component
 from plmtune.tokenizers.tokenizer_files import byte
 
@@ -31,6 +34,11 @@ SIZES: dict[str, Any] = {"embed_dim": 32, "num_layers": 3, "num_heads": 4, "max_
 def _plm(vocab_size: int) -> Decoder:
     mla = component("attention", "mla", kv_lora_rank=24, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
     return plm(vocab_size, attention=mla, ffn=component("ffn", "squared_relu", hidden_dim=48), **SIZES)
+
+
+def _shortcuts(vocab_size: int) -> Decoder:
+    gqa = component("attention", "gqa", num_kv_heads=2, shortcut=component("shortcut", "augmented", reduction=2))
+    return llama(vocab_size, attention=gqa, ffn=component("ffn", "swiglu", hidden_dim=48), **SIZES)
 
 
 def _llama(vocab_size: int) -> Decoder:
@@ -147,6 +155,44 @@ class TestOneModel:
         assert capsys.readouterr().err.startswith("4 tokens")
 
 
+def calls_of(patch: pytest.MonkeyPatch, owner: Any, name: str) -> list[tuple[Any, ...]]:
+    """The arguments of each call of a function, which is called as before."""
+    found: list[tuple[Any, ...]] = []
+    made = getattr(owner, name)
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        found.append(arguments)
+        return made(*arguments, **named)
+
+    patch.setattr(owner, name, call)
+    return found
+
+
+class TestResume:
+    def test_layers_that_were_skipped_are_not_skipped_again(self, folder: Path) -> None:
+        own = ("checkpoint=llama", "model.num_layers=2", "model.ffn.hidden_dim=40", "force=true")
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+            stop_in(patch, Interruptible, "stop_if_asked", 7)
+            run(*own)
+        assert Kept(Path("out"), "of another model").read("rises") == {}
+        with pytest.MonkeyPatch.context() as patch:
+            losses = calls_of(patch, depth, "_nats")
+            run(*own, "resume=true")
+        run(*own, "run_dir=whole")
+        assert 0 < len(losses) < 7  # the whole model's, and those of fewer runs of layers than 6
+        assert report()["measured"] == report("whole")["measured"]
+        assert (folder / "out/model.safetensors").read_bytes() == (folder / "whole/model.safetensors").read_bytes()
+
+    def test_what_is_damaged_is_measured_again(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        kept = Kept(folder, "key")
+        kept.save("units", {"channels": torch.ones(3)})
+        assert kept.read("units")["channels"].tolist() == [1, 1, 1] and kept.read("rises") == {}
+        path = folder / "measured/units.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"\7")
+        assert kept.read("units") == {}
+        assert "the numbers do not match their checksum); it is measured again" in capsys.readouterr().out
+
+
 class TestMask:
     OWN = ("checkpoint=llama", "importance=mask", "mask.batch_size=2", "mask.tokens=512", "mask.steps=14")
     SIZES = ("model.num_layers=2", "model.embed_dim=28", "model.ffn.hidden_dim=40", "model.num_heads=2", "force=true")
@@ -171,25 +217,53 @@ class TestMask:
         assert masks.keys() == {"layers.0.neurons", "layers.1.neurons"}
         assert report()["units"].keys() == {"layers.0.neurons", "layers.2.neurons"}
 
-    def test_one_that_is_stopped_leaves_no_model_and_starts_over(
-        self, folder: Path, capfd: pytest.CaptureFixture[str]
+    @pytest.mark.parametrize("weights_lr", [0, 0.01])
+    def test_one_that_is_stopped_leaves_no_model_and_resumes_at_its_step(
+        self, weights_lr: float, folder: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
+        own = (*self.OWN, *self.SIZES, f"mask.weights_lr={weights_lr}")
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
             stop_in(patch, Interruptible, "stop_if_asked", 9)
-            run(*self.OWN, *self.SIZES)
+            run(*own)
         assert stopped.value.code == 75
         assert "stopped; resume it with: plmtune resume out" in capfd.readouterr().err
         assert not [*(folder / "out").glob("*.safetensors")] and not (folder / "out/prune.json").exists()
         with pytest.raises(UserError, match=r"out is a run that was stopped, before it saved a model"):
             plmtune.load("out")
-        run(*self.OWN, *self.SIZES, "resume=true")
-        run(*self.OWN, *self.SIZES, "run_dir=whole")
+        with pytest.MonkeyPatch.context() as patch:
+            steps = calls_of(patch, prune, "mean_loss")
+            run(*own, "resume=true")
+        said = re.search(r"mask: resumed at step (\d+)", capfd.readouterr().out)
+        assert said and 0 < int(said[1]) == 14 - len(steps)
+        run(*own, "run_dir=whole")
         assert (folder / "out/model.safetensors").read_bytes() == (folder / "whole/model.safetensors").read_bytes()
-        assert run(*self.OWN, *self.SIZES, "resume=true") == report()["loss"]
+        assert not (folder / "out/measured").exists()
+        assert run(*own, "resume=true") == report()["loss"]
         assert "out is finished: there is nothing to resume." in capfd.readouterr().out
+
+    def test_the_weights_that_train_with_the_masks_are_those_of_the_model(self, folder: Path) -> None:
+        """The pruned model has the trained numbers at the units that stay, and the checkpoint's where they stay."""
+        own = (*self.OWN, "model.ffn.hidden_dim=40")
+        run(*own, "run_dir=frozen")
+        run(*own, "mask.weights_lr=0.01", "run_dir=trained")
+        assert "weights" not in report("frozen")["measured"]
+        assert report("trained")["measured"]["weights"] == {"lr": 0.01, "tokens": 14 * 2 * 32}
+        assert report("trained")["loss"] < report("frozen")["loss"] - 0.1
+        before = plmtune.load("llama", "cpu")[0].layers[0].ffn.down_proj.weight
+        for name in ("frozen", "trained"):
+            kept = before[:, report(name)["units"]["layers.0.neurons"]]
+            after = plmtune.load(name, "cpu")[0].layers[0].ffn.down_proj.weight
+            assert torch.equal(after, kept) == (name == "frozen")
 
 
 class TestMistakes:
+    def test_a_width_that_shortcuts_cannot_have_is_refused_before_a_run_begins(self, folder: Path) -> None:
+        save_model(_shortcuts(byte().vocab_size), None, folder / "shortcuts")
+        byte().save(folder / "shortcuts")
+        with pytest.raises(UserError, match=r"shortcuts are 16 wide inside, and no .* gives that at 31"):
+            run("checkpoint=shortcuts", "model.embed_dim=31")
+        assert not (folder / "out").exists()
+
     @pytest.mark.parametrize(
         ("overrides", "said"),
         [
