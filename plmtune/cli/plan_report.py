@@ -260,7 +260,8 @@ def predict_training(cfg: TrainingConfig, train_on: str) -> dict[str, Any]:
     estimate = replace(found.estimate, process=0, save=0)  # which a GPU's host holds
     memory = estimate.total
     tokens = found.num_steps * found.tokens_per_step
-    flops = tokens * estimate.flops_per_token
+    measuring = found.measured_tokens * estimate.flops_per_token / 3  # a forward without its backward
+    flops = tokens * estimate.flops_per_token + measuring
     hours = flops / (device.training.value * device.mfu.value) / 3600
     fits = "fits" if memory <= device.available else "does not fit one"
     parts = ("weights", "gradients", "optimizer", "activations", "logits", "slack")
@@ -274,9 +275,19 @@ def predict_training(cfg: TrainingConfig, train_on: str) -> dict[str, Any]:
     phases = []
     for phase in found.phases:
         count = phase.steps * found.tokens_per_step
-        used, took = count * estimate.flops_per_token, hours * count / tokens
+        used = count * estimate.flops_per_token
+        took = hours * used / flops
         phases.append({"name": phase.name, "tokens": count, "flops": used, "hours": took})
         lines.append(f"  phase {phase.name}: {show_count(count)} tokens, {show_count(used)} FLOPs, {_hours(took)}")
+    if measuring:
+        took = hours * measuring / flops
+        phases.append(
+            {"name": "losses between rounds", "tokens": found.measured_tokens, "flops": measuring, "hours": took}
+        )
+        lines.append(
+            f"  losses between rounds: {show_count(found.measured_tokens)} tokens, {show_count(measuring)} FLOPs "
+            f"(forward only), {_hours(took)}"
+        )
     if phases:
         lines.append(
             f"  all phases: {_hours(hours)} of one device, at {device.mfu.value:.0%} of "

@@ -12,17 +12,15 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import xxhash
 from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from plmtune.errors import UserError
-from plmtune.io import checksummed_json, safetensors_writer
-from plmtune.io.atomic import atomic_write
+from plmtune.io import checked_tensors
 from plmtune.models.digest import add_tensor, model_digest
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import adapter_parameters, disabled
@@ -125,16 +123,10 @@ def _read(path: Path, num: int, log: Callable[[str], None]) -> Tensor | None:
     if not note.exists():  # written last
         return None
     try:
-        document = checksummed_json.load(note)
+        tensors, document = checked_tensors.load(path)
         if document.get("key") != path.stem:
             raise ValueError(f"it is of the key {document.get('key')}")
-        file, size = document["file"], path.stat().st_size
-        if size != file["bytes"]:
-            raise ValueError(f"{path.name} has {size:,} bytes instead of {file['bytes']:,}")
-        data = path.read_bytes()
-        if xxhash.xxh3_128_hexdigest(data) != file["xxh3_128"]:
-            raise ValueError(f"{path.name} does not match its checksum")
-        values = load_tensors(data)["log_probs"]
+        values = tensors["log_probs"]
         if values.shape != (num, 2) or values.dtype != torch.float32:
             raise ValueError(f"{path.name} holds {values.dtype} {list(values.shape)}, not {[num, 2]}")
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -143,15 +135,11 @@ def _read(path: Path, num: int, log: Callable[[str], None]) -> Tensor | None:
     return values
 
 
-def _write(path: Path, values: Tensor) -> dict[str, Any]:
+def _write(path: Path, values: Tensor) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as temporary:
-            file = safetensors_writer.write(temporary, {"log_probs": values})
-        checksummed_json.save(path.with_suffix(".json"), {"key": path.stem, "file": file})
+        checked_tensors.save(path, {"log_probs": values}, {"key": path.stem})
     except OSError as error:
         raise UserError(f"The reference's log-probabilities cannot be kept: {error}. See reference_cache.") from error
-    return file
 
 
 @dataclass(eq=False)

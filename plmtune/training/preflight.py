@@ -58,6 +58,7 @@ class TrainingPlan:
         phases: empty where `epochs` determines the steps.
         estimated: None where the model is.
         epochs: passes over the data.
+        measured_tokens: of the sequences whose losses are measured between rounds, together.
         teacher: of a distillation; its weights are not loaded yet.
         sources: of the data, by name.
         template: the chat template; None where the tokenizer is not there yet.
@@ -73,6 +74,7 @@ class TrainingPlan:
     seq_len: int
     estimated: Estimate | None
     epochs: float | None = None
+    measured_tokens: int = 0
     teacher: Teacher | None = None
     sources: dict[str, Any] = field(default_factory=dict)
     template: Any = None
@@ -100,6 +102,8 @@ class TrainingPlan:
                 f"phase {phase.name}: {show_count(phase.steps * self.tokens_per_step)} tokens, {phase.steps:,} steps "
                 f"of {show_count(self.tokens_per_step)} tokens" + (f" ({mix})" if mix else "")
             )
+        if self.measured_tokens:
+            rows.append(f"losses between rounds: forward passes over {show_count(self.measured_tokens)} tokens")
         if self.epochs is not None:
             rows.append(f"{show_epochs(self.epochs)}: the number of steps follows from the data")
         return [*(self.estimated.lines() if self.estimated else ()), *rows]
@@ -221,8 +225,11 @@ def plan_training(
         raise UserError(f"key global_batch_size: {size} {unit} do not divide among {processes} processes.")
     tokens_per_step = size * cfg.seq_len
     phases = resolve_phases(getattr(cfg, "phases", ()), tokens_per_step)
+    first_round = sum(phase.steps for phase in phases) * tokens_per_step
     phases += resolve_rounds(getattr(cfg, "multi_round", None), phases)
     plan = TrainingPlan(tokenizer, model, loss, phases, tokens_per_step, cfg.seq_len, None, epochs)
+    if isinstance(cfg, PretrainConfig) and cfg.multi_round.draw == "loss":
+        plan.measured_tokens = (cfg.multi_round.rounds - 1) * first_round
     if not isinstance(cfg, PreferenceConfig):
         plan.teacher = find_teacher(cfg.distillation, cfg.loss, loss, tokenizer, model, cfg.seq_len)
     check_schedule(cfg.scheduler, plan.num_steps, tokens_per_step)

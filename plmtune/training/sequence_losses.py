@@ -164,7 +164,8 @@ def measure_losses(
             losses[batch * size : batch * size + len(chosen)] = row
             if runtime.rank == 0:
                 cache.add(chosen, row.numpy())
-        monitor.working(f"{title}: loss of {min((done + world) * size, len(sequences)):,}/{len(sequences):,} sequences")
+        left = max(0, len(lacking) - done - world) * size
+        monitor.working(f"{title}: loss of {max(0, len(sequences) - left):,}/{len(sequences):,} sequences")
     model.train()
     distributed.broadcast_from_rank0(cache.flush)
     if stopped:

@@ -100,6 +100,13 @@ class TestPlan:
         assert code == 0
         assert out.startswith("plm_tiny on Raspberry Pi 5") and "pretrain" not in out
 
+    def test_later_rounds_and_their_losses_take_time(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        code, out, _ = run(monkeypatch, capsys, "plan", "demo", "--train-on", "h200", "multi_round.rounds=3")
+        assert code == 0
+        assert "phase round 3" in out and "losses between rounds: 2.6M tokens" in out and "(forward only)" in out
+
     @pytest.mark.parametrize(
         ("words", "says"),
         [

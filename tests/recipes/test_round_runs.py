@@ -201,6 +201,26 @@ def test_a_branch_in_a_later_round_reads_what_follows_round_1(place: Path, undis
     assert states[0]["samples_seen"] == states[1]["samples_seen"] == states[2]["skip"] == {"few": 24, "many": 8}
 
 
+@pytest.mark.parametrize("keys", [("distillation.top_k=8", "loss=forward_kl"), ("ema.decay=0.9", "document_mask=true")])
+def test_a_teacher_an_average_and_a_mask_resume_in_a_later_round(
+    place: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, keys: tuple[str, ...]
+) -> None:
+    if "loss=forward_kl" in keys:
+        keys = (*keys, f"distillation.teacher={whole}")
+    start("run_dir=one", *ROUNDS, *keys)
+    shutil.rmtree(place / "runs", ignore_errors=True)
+    stop_at(monkeypatch, 9, "run_dir=other", *ROUNDS, *keys)
+    plmtune("resume", "other")
+    assert equal(place / "other", place / "one")
+
+
+def test_the_plan_shows_rounds_and_the_cost_of_their_losses(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start(*ROUNDS, dry_run=True)
+    said = capsys.readouterr()
+    assert "phase round 3: 512 tokens, 4 steps of 128 tokens (of round 1, drawn again)" in said.out + said.err
+    assert "losses between rounds: forward passes over 2.05K tokens" in said.out + said.err
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("override", "said"),
