@@ -15,14 +15,15 @@ from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
 from plmtune.config.builtin import builtin_folder
-from plmtune.config.choices import FILE_PRESET
+from plmtune.config.choices import FILE_PRESET, group_at
 from plmtune.config.names import name_hint
+from plmtune.config.override_checks import chosen_components
 from plmtune.config.overrides import quote_override
 from plmtune.config.renamed import new_key
 from plmtune.config.schema import SCHEMAS
 from plmtune.config.signatures import FIELDS
 from plmtune.errors import UserError, did_you_mean, either, near_names
-from plmtune.registry import describe_components
+from plmtune.registry import describe_components, keys_of
 from plmtune.units import with_point
 
 # Files of Hydra's command line and logging, which compose() does not use; reading them takes a tenth of its time.
@@ -135,6 +136,17 @@ def _all_keys(base: str, schemas: frozenset[type]) -> list[str]:
         return list(flat(OmegaConf.to_container(hydra_compose(base, overrides=UNUSED), resolve=False)))
 
 
+def _chosen_keys(overrides: Sequence[str]) -> list[str]:
+    """Full keys of the components that overrides choose, as loss.temperature of loss=forward_kl."""
+    known = describe_components()
+    return [
+        f"{place}.{key}"
+        for place, name in chosen_components(overrides).items()
+        if (group := group_at(place)) and name in known.get(group, {})
+        for key in keys_of(group, name)
+    ]
+
+
 def explain(error: Exception, given: Given) -> UserError:
     """Translate an error of Hydra's composition."""
     chain: list[str] = []
@@ -184,7 +196,10 @@ def explain(error: Exception, given: Given) -> UserError:
         if name and not siblings:
             parent = full_key.rpartition(".")[0]
             return UserError(f"{place(full_key)}key {full_key}: unknown. {parent} is {name}, which has no settings.")
-        return unknown_key(place(full_key), full_key, siblings, lambda: _all_keys(base, frozenset(SCHEMAS.values())))
+        every = frozenset(SCHEMAS.values())
+        return unknown_key(
+            place(full_key), full_key, siblings, lambda: [*_chosen_keys(given.overrides), *_all_keys(base, every)]
+        )
     if "Ambiguous value" in text:
         key, _, value = str(_search(r"argument '([^']+)'", text)).partition("=")
         listed = shlex.quote(f"{key}=[{value}]")

@@ -154,6 +154,7 @@ class DistillationConfig:
     """The model that the trained one learns from, with loss=forward_kl, reverse_kl or jsd."""
 
     teacher: Text | None = None  # a run, a checkpoint or a model directory, with the same tokenizer
+    quantization: Literal["int8"] | None = None  # of the teacher's matrices in memory; null: as they are stored
     top_k: Annotated[int, Range(least=1, most=65_536)] | None = (
         None  # keep so many tokens' log-probabilities; null: none
     )

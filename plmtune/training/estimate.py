@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from plmtune.io.safetensors_writer import FILE_BYTES
+from plmtune.modules.quantized import Quantized
 from plmtune.optim.optimizers import optimizer_bytes
 from plmtune.training.machine import available_memory, process_memory, resident_memory
 from plmtune.training.runtime import Runtime
@@ -170,7 +171,7 @@ def estimate(
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         non_embedding_parameters=parameters - vocabulary,
         weights=(weights + averages) // shards + gathered,
-        teacher=_stored_bytes(teacher, compute_dtype) // shards if teacher else 0,
+        teacher=stored_bytes(teacher, compute_dtype) // shards if teacher else 0,
         gradients=trainable // shards + whole_gradients,
         optimizer=moments // shards,
         activations=activation_bytes(
@@ -200,7 +201,7 @@ def attention_flops(model: nn.Module, seq_len: int) -> float:
     return 6.0 * seq_len * widths
 
 
-def _stored_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+def stored_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     """Bytes of a model whose floating-point numbers are loaded in `dtype`; integers of a quantized one stay."""
     tensors = (*model.parameters(), *model.buffers())
     return sum(t.numel() * (dtype.itemsize if t.is_floating_point() else t.element_size()) for t in tensors)
@@ -217,6 +218,9 @@ def _loss_bytes(tokens: int, head: torch.Size, chunk_rows: int, compute_dtype: t
         weight = 4 if compute_dtype == torch.float32 else 4 + 2 + 2
         logits = 6 * 4  # of both models, their logarithms, and the gradients by them, in fp32
         hidden += compute_dtype.itemsize * teacher.embed_dim / embed_dim
+        theirs = teacher.tok_embeddings if teacher.tied else teacher.output
+        if isinstance(theirs, Quantized):  # which the loss writes out
+            weight += compute_dtype.itemsize * teacher.embed_dim / embed_dim
     return int(logits * rows * vocab_size + weight * vocab_size * embed_dim + hidden * tokens * embed_dim)
 
 

@@ -23,7 +23,10 @@ from plmtune.losses.cross_entropy import capped
 from plmtune.losses.distillation import DistillationLoss, TeacherStates, TeacherTopK
 from plmtune.models import adapters
 from plmtune.models.assemble import meta_model
+from plmtune.models.hf_config import read_formats
 from plmtune.modules.decoder import Decoder
+from plmtune.modules.quantized import Format, install
+from plmtune.quantization.schemes import EMBEDDING, HEAD, KEEP
 from plmtune.registry import Component, describe_components, load
 from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.training import distributed
@@ -199,6 +202,10 @@ class Teacher:
     def _loaded(self, runtime: Runtime) -> Decoder:
         """The model with its weights, in the dtype of the arithmetic, sharded as the trained model is."""
         model = adapters.load_model(self.directory, runtime.device, runtime.compute_dtype).eval().requires_grad_(False)
+        if self.settings.quantization:
+            from plmtune.quantization.quantize import quantize  # torchao takes a second to import
+
+            quantize(model, quantized_formats(model, self.settings))
         if runtime.strategy in ("fsdp", "hsdp"):
             distributed.wrap(model, runtime.strategy, runtime.mesh, runtime.compute_dtype)
         return model
@@ -208,6 +215,7 @@ class Teacher:
         arithmetic = f"{runtime.device.type} {runtime.compute_dtype}"
         kept = None if self.kept is None else self.kept.tolist()
         parts = [_VERSION, self.digest, kept, self.settings.top_k, self.vocab_size, arithmetic, torch.__version__]
+        parts += [self.settings.quantization] if self.settings.quantization else []
         return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
 
 
@@ -230,7 +238,9 @@ def find_teacher(
     own, name = chosen_loss.name, settings.teacher
     if name is None and own in distils:
         raise UserError(f"key loss: {own} learns from a teacher. Give it: distillation.teacher=DIR")
-    if name is None and (unused := next((key for key in ("top_k", "layers") if getattr(settings, key)), None)):
+    if name is None and (
+        unused := next((key for key in ("top_k", "layers", "quantization") if getattr(settings, key)), None)
+    ):
         raise UserError(f"key distillation.{unused}: there is no teacher. Give it: distillation.teacher=DIR")
     if name is None:
         return None
@@ -262,12 +272,30 @@ def find_teacher(
             f"distillation.teacher={name}: it reads {model.max_seq_len} tokens at once, and seq_len is {seq_len}. "
             f"Give seq_len={model.max_seq_len} or less."
         )
+    if not adapters.holds_adapters(directory):
+        install(model, read_formats(directory)[0])  # so that its size is estimated as it is stored
+    if settings.quantization:
+        install(model, quantized_formats(model, settings))
     vocab_size = tokenizer.vocab_size if tokenizer else config["vocab_size"]
     if settings.top_k is not None and settings.top_k > vocab_size:
         raise UserError(f"key distillation.top_k: {settings.top_k} exceeds the vocabulary ({vocab_size}).")
     if student is not None and settings.layers:
         _check_layers(settings, student, model)
     return Teacher(directory, model, vocab_size, settings, loss, kept)
+
+
+def quantized_formats(model: Decoder, settings: DistillationConfig) -> dict[str, Format]:
+    """How a teacher's matrices are stored: all but the vocabulary projection, which a loss writes out at once."""
+    assert settings.quantization is not None
+    head = EMBEDDING if model.tied else HEAD
+    try:
+        formats: dict[str, Format] = load("quantization", settings.quantization)(model, rules={head: KEEP})
+    except ValueError as error:
+        reason = str(error).partition(":")[0]
+        raise UserError(
+            f"distillation.teacher={settings.teacher}: {reason}. Leave distillation.quantization out."
+        ) from error
+    return formats
 
 
 def _check_layers(settings: DistillationConfig, student: Decoder, teacher: Decoder) -> None:

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_runs import metrics, nothing_beside, refusal, start, stop_at, weights
+from cli_runs import SMALL, ends_with, metrics, nothing_beside, refusal, start, stop_at, weights
 from group import in_group
 from test_resuming import plmtune
 
 from plmtune.errors import UserError
+from plmtune.models.hf import load_model, save_model
+from plmtune.quantization.quantize import quantize
+from plmtune.registry import load
+from plmtune.tokenizers.tokenizer_files import load_tokenizer
 from plmtune.tokenizers.train_bpe import train_bpe
 
 DISTIL = ("loss=forward_kl", "loss.temperature=2", "loss.cross_entropy_weight=0.25")
@@ -36,6 +40,20 @@ def test_cross_entropy_and_divergence_are_logged_apart(place: Path, whole: Path)
 def test_a_model_that_starts_as_its_teacher_has_no_divergence(place: Path, whole: Path) -> None:
     start("run_dir=run", *DISTIL, f"distillation.teacher={whole}", f"init_from={whole}")
     assert abs(logged(place / "run")[0]["divergence"]) < 1e-5
+
+
+def test_a_quantized_teacher_is_smaller_and_nearly_the_same(
+    place: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one_step = ("phases=[{name: main, steps: 1}]", f"init_from={whole}", f"distillation.teacher={whole}", *DISTIL)
+    quantized = (*one_step, "distillation.quantization=int8")
+    start("run_dir=beside", *quantized)
+    assert "teacher       453.75 KiB" not in (said := capsys.readouterr().err) and "teacher   " in said
+    start("run_dir=kept", *quantized, "distillation.top_k=8")
+    start("run_dir=kept-whole", *one_step, "distillation.top_k=8")
+    for run in ("beside", "kept"):  # the student is the teacher as it was
+        assert 0 < logged(place / run)[0]["divergence"] < 1e-4
+    assert len([*place.glob("runs/teacher/*")]) == 2  # the cache of one is not that of the other
 
 
 @pytest.mark.parametrize("kept", [(), ("distillation.top_k=8",)])
@@ -72,6 +90,7 @@ def distil_by_each_strategy(place: Path) -> dict[str, Any]:
         for strategy in ("ddp", "fsdp"):
             keys = (*DISTIL, "distillation.teacher=teacher", f"runtime.strategy={strategy}")
             start(f"run_dir={strategy}", *keys)
+            start(f"run_dir={strategy}-int8", *keys, "distillation.quantization=int8")
             start(f"run_dir={strategy}-kept", *keys, "distillation.top_k=8", f"distillation.cache={strategy}-cache")
     return {}
 
@@ -80,8 +99,9 @@ def test_two_processes_compute_the_losses_of_one(place: Path, whole: Path) -> No
     (place / "teacher").symlink_to(whole)
     start("run_dir=one", *DISTIL, "distillation.teacher=teacher")
     start("run_dir=one-kept", *DISTIL, "distillation.teacher=teacher", "distillation.top_k=8")
+    start("run_dir=one-int8", *DISTIL, "distillation.teacher=teacher", "distillation.quantization=int8")
     in_group(distil_by_each_strategy, 2, place)
-    for strategy, kept in product(("ddp", "fsdp"), ("", "-kept")):
+    for strategy, kept in product(("ddp", "fsdp"), ("", "-int8", "-kept")):
         for alone, shared in zip(logged(place / f"one{kept}"), logged(place / f"{strategy}{kept}"), strict=True):
             for key in ("loss", "cross_entropy", "divergence"):
                 assert shared[key] == pytest.approx(alone[key], rel=1e-5, abs=1e-7)
@@ -117,6 +137,9 @@ class TestLayers:
 
 
 class TestBadInput:
+    def test_a_temperature_is_the_losses(self, place: Path) -> None:
+        assert "Did you mean loss.temperature or" in refusal("loss=jsd", "distillation.temperature=2")
+
     def test_a_loss_without_its_teacher(self, place: Path) -> None:
         assert "distillation.teacher=DIR" in refusal("loss=reverse_kl")
 
@@ -127,6 +150,20 @@ class TestBadInput:
     def test_a_teacher_of_another_tokenizer(self, place: Path, whole: Path) -> None:
         said = refusal(*DISTIL, f"distillation.teacher={whole}", "tokenizer=bundled")
         assert "its tokenizer differs" in said and "tokenizer=file" in said
+
+    def test_a_teacher_that_is_quantized_on_disk(self, place: Path, whole: Path) -> None:
+        model = load_model(next(whole.glob("checkpoints/step-00000012")))
+        quantize(model, load("quantization", "int8")(model))
+        save_model(model, None, place / "integers")
+        load_tokenizer(next(whole.glob("checkpoints/step-00000012"))).save(place / "integers")
+        keys = (*DISTIL, "distillation.teacher=integers")
+        said = refusal(*keys, "distillation.quantization=int8")
+        assert "the model is quantized already (tok_embeddings is int8). Leave distillation.quantization out" in said
+        start("run_dir=run", *keys, f"init_from={whole}", "phases=[{name: main, steps: 1}]")
+        assert 0 < logged(place / "run")[0]["divergence"] < 1e-3
+
+    def test_quantization_without_a_teacher(self, place: Path) -> None:
+        assert "key distillation.quantization: there is no teacher" in refusal("distillation.quantization=int8")
 
     def test_rows_longer_than_the_teacher_reads(self, place: Path, whole: Path) -> None:
         said = refusal(*DISTIL, f"distillation.teacher={whole}", "seq_len=600", "model.max_seq_len=600")
@@ -160,6 +197,18 @@ class TestTopK:
         assert weights(place / "first") == weights(place / "second")
         start("run_dir=longer", *keys, "phases=[{name: main, steps: 14}]")
         assert "7 rows are computed" in capfd.readouterr().err
+
+    def test_a_multirun_computes_each_teachers_tokens_once(self, place: Path, capsys: Any) -> None:
+        other = ("model.init_std=0.05", "phases=[{name: main, steps: 1}]")
+        start("run_dir=other", *other)
+        keys = (*SMALL, "phases=[{name: main, steps: 2}]", "loss=forward_kl", "loss.temperature=1,2")
+        teachers = ("distillation.teacher=teacher,other", "distillation.top_k=8")
+        assert ends_with("run", "-m", "pretrain", *keys, *teachers) == 0
+        runs = sorted(path.parent for path in place.glob("runs/multirun/*/*/metrics.jsonl"))
+        assert len({logged(run)[0]["divergence"] for run in runs}) == 4
+        assert len({weights(run) for run in runs}) == 4
+        parts = sorted(place.glob("runs/teacher/*/*.bin"))
+        assert len(parts) == len({part.parent for part in parts}) == 2
 
     def test_a_stopped_run_resumes_to_the_same_weights(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         keys = (*self.KEYS, "distillation.top_k=8")

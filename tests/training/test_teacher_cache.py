@@ -73,6 +73,19 @@ class TestTeacherCache:
         assert torch.equal(read["top_ids"], torch.cat([tops[2].ids, tops[0].ids]))
         assert row_digest(row(9)) not in found
 
+    def test_two_runs_side_by_side_may_write_the_same_rows(self, tmp_path: Path) -> None:
+        both = [TeacherCache(tmp_path, 4, 300) for _ in range(2)]
+        tops = {number: drawn(6, 4, 300, number) for number in range(3)}
+        for cache, numbers in zip(both, ((0, 1), (1, 2)), strict=True):  # neither sees what the other has computed
+            for number in numbers:
+                cache.add(row_digest(row(number)), tops[number])
+        for cache in both:
+            cache.flush()
+        assert both[0].refresh() == both[1].refresh() == []
+        for cache in both:
+            read = cache.read([row(number) for number in range(3)])
+            assert torch.equal(read["top_ids"], torch.cat([tops[number].ids for number in range(3)]))
+
     def test_rows_that_count_nothing_read_nothing(self, tmp_path: Path) -> None:
         read = TeacherCache(tmp_path, 4, 300).read([row(0, counted=0)])
         assert read["top_ids"].shape == (0, 4) and read["top_log_rest"].shape == (0,)
