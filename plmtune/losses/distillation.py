@@ -108,21 +108,35 @@ class DistillationLoss(ABC):
     def compare(
         self, teacher: TeacherStates | TeacherTopK, part: slice, logits: Tensor, log_q: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return T^2 D of the tokens `part`, [c], and its gradient by the student's logits, [c, v or fewer rows].
+        """Return T^2 D of the tokens `part`, [c], and the gradient of the weighted loss by the student's logits.
+
+        The gradient, [c, v], lacks the target's -1 of CE.
 
         Args:
             logits, log_q: the student's, and their log_softmax, [c, v]; the second may be written over.
         """
         assert isinstance(teacher, TeacherStates)
-        rows = min(logits.shape[1], len(teacher.weight))  # of equal tokenizers; one projection may be padded further
-        weight = teacher.weight[:rows].to(teacher.hidden.dtype)
-        theirs, _ = capped(teacher.hidden[part] @ weight.T, teacher.soft_cap)
-        log_p = torch.log_softmax(theirs.float().div_(self.temperature), dim=1)
-        del theirs
-        if self.temperature != 1 or rows < logits.shape[1]:
-            log_q = torch.log_softmax(logits[:, :rows] / self.temperature, dim=1)
+        temperature, share = self.temperature, self.cross_entropy_weight
+        log_p = self._log_p(teacher, part, logits.shape[1])
+        rows = log_p.shape[1]
+        by_ce = log_q.exp().mul_(share) if share else None
+        if temperature != 1 or rows < logits.shape[1]:
+            log_q = torch.log_softmax(logits[:, :rows] / temperature, dim=1)
         value, grad = self.divergence(log_p, log_q)
-        return value.mul_(self.temperature**2), grad.mul_(self.temperature)  # T^2 / T
+        value.mul_(temperature**2)
+        factor = (1 - share) * temperature  # T^2 / T
+        if by_ce is not None:
+            by_ce[:, :rows].add_(grad, alpha=factor)
+            return value, by_ce
+        grad = grad if factor == 1 else grad.mul_(factor)
+        return value, grad if rows == logits.shape[1] else F.pad(grad, (0, logits.shape[1] - rows))
+
+    def _log_p(self, teacher: TeacherStates, part: slice, num_rows: int) -> Tensor:
+        """The teacher's log_softmax at T over its rows among `num_rows`, [c, rows]."""
+        rows = min(num_rows, len(teacher.weight))  # of equal tokenizers; one projection may be padded further
+        weight = teacher.weight[:rows].to(teacher.hidden.dtype)
+        theirs = capped(teacher.hidden[part] @ weight.T, teacher.soft_cap)[0].float()
+        return torch.log_softmax(theirs if self.temperature == 1 else theirs.div_(self.temperature), dim=1)
 
     @abstractmethod
     def divergence(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,9 +170,17 @@ class ForwardKL(DistillationLoss):
     def compare(
         self, teacher: TeacherStates | TeacherTopK, part: slice, logits: Tensor, log_q: Tensor
     ) -> tuple[Tensor, Tensor]:
+        share = self.cross_entropy_weight
         if isinstance(teacher, TeacherStates):
-            return super().compare(teacher, part, logits, log_q)
+            if self.temperature != 1 or len(teacher.weight) < logits.shape[1]:
+                return super().compare(teacher, part, logits, log_q)
+            # share q + (1 - share) (q - p), with one exponential of the student's
+            log_p = self._log_p(teacher, part, logits.shape[1])
+            p = log_p.exp()
+            value = log_p.sub_(log_q).mul_(p).sum(dim=1)
+            return value, log_q.exp_().sub_(p, alpha=1 - share)
         ids, log_p = teacher.ids[part], teacher.log_probs[part].float()
+        by_ce = log_q.exp().mul_(share) if share else None
         grad = log_q.exp_()  # q, and then the gradient written over it
         of_top, others = grad.gather(1, ids), grad.scatter_(1, ids, 0)
         # Not 1 - P and 1 - Q: where P is near 1, the rounding of stored numbers is as large as what is left.
@@ -173,7 +195,8 @@ class ForwardKL(DistillationLoss):
         within, by_scaled = self.divergence(log_p, torch.log_softmax(logits.gather(1, ids) / self.temperature, dim=1))
         value += p_top * within * self.temperature**2
         in_top += by_scaled.mul_(p_top[:, None] * self.temperature)
-        return value, grad.scatter_(1, ids, in_top)
+        grad.scatter_(1, ids, in_top)
+        return value, grad if by_ce is None else by_ce.add_(grad, alpha=1 - share)
 
     def divergence(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         p = log_p.exp()
@@ -262,25 +285,17 @@ class ChunkedDistillation(torch.autograd.Function):
             logits = logits.float()
             log_q = torch.log_softmax(logits, dim=1)
             terms[0] -= log_q.gather(1, target).where(valid, 0).sum()
-            by_ce = None
-            if share and (needs_hidden or needs_weight):  # d CE / d logits = q - onehot
-                by_ce = log_q.exp()
-                by_ce.scatter_add_(1, target, torch.full_like(by_ce[:, :1], -1.0)).mul_(share)
             value, grad = loss.compare(teacher, part, logits, log_q)
+            del logits, log_q
             terms[1] += value.where(valid[:, 0], 0).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
-            columns = grad.shape[1]
-            grad = grad.mul_(1 - share)
-            if by_ce is not None:
-                by_ce[:, :columns] += grad
-                grad = by_ce
-            elif columns < logits.shape[1]:
-                grad = F.pad(grad, (0, logits.shape[1] - columns))
-            grad.masked_fill_(~valid, 0)
+            if share:  # d CE / d logits = q - onehot
+                grad.scatter_add_(1, target, grad.new_full((len(grad), 1), -share))
             grad = (grad if slope is None else grad * slope).to(hidden.dtype)
             if grad_hidden is not None:
-                grad_hidden[part] = grad @ w
+                grad_hidden[part] = (grad @ w).where(valid, 0)
+            x = x.where(valid, 0)
             if grad_weight is not None and grad.dtype == torch.float32:
                 grad_weight.addmm_(grad.T, x)
             elif grad_weight is not None:
