@@ -17,8 +17,20 @@ class Unreadable(UserError):
     """A file that the system refuses to read, which is not the same as a damaged one."""
 
 
-class NotFinite(UserError):
+class WeightsNotFinite(UserError):
     """Weights hold NaN or infinity. They are not saved."""
+
+
+class LogitsNotFinite(ValueError):
+    """A model's logits are NaN or infinite.
+
+    Args:
+        item: the key of the request, or the number of the first item of a batch, that they are for.
+    """
+
+    def __init__(self, item: str | int) -> None:
+        super().__init__(f"item {item}: the model gives numbers that are NaN or infinite")
+        self.item = item
 
 
 def unreadable(path: object, error: OSError) -> Unreadable:

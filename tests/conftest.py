@@ -16,12 +16,18 @@ PRELOADED = ["plmtune.recipes.pretrain", "plmtune.training.plot", "torch.distrib
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what thorough.txt lists: tests of a second or more, whose promises cheaper tests make first."""
     listed = frozenset(Path(__file__).with_name("thorough.txt").read_text(encoding="utf-8").splitlines())
     for item in items:
         if not listed.isdisjoint((item.nodeid, item.nodeid.partition("[")[0])):
             item.add_marker("thorough")
+    if not any("::" in argument for argument in config.args):  # all parameters of a test are here, or none
+        ids = {item.nodeid for item in items}
+        collected = {name.partition("[")[0] for name in ids}
+        gone = [line for line in sorted(listed - ids) if "[" in line and line.partition("[")[0] in collected]
+        if gone:
+            raise pytest.UsageError(f"tests/thorough.txt names parameters that no test has: {', '.join(gone)}")
 
 
 def pytest_collection_finish() -> None:

@@ -68,11 +68,14 @@ def merge(
 
     found = [checkpoint_directory(checkpoint) for checkpoint in checkpoints]
     if method is None and not ema and not holds_adapters(found[0]):
-        raise UserError(f"{found[0]} holds no adapters: it is a whole model already, or none.")
+        raise UserError(
+            f"{found[0]} holds no adapters. To merge whole models give several and --method; to write the averaged "
+            "weights of a run with ema.decay give --ema."
+        )
     with new_directory(out, overwrite=overwrite) as temporary:
         if ema:
             tokenizer, model = load_model_tokenizer(found[0]), load_average(found[0])
-            done = f"average of {found[0]}"
+            done = f"the EMA weights of {found[0]}"
         elif method is None:
             tokenizer, model = load_model_tokenizer(found[0], base), load_model(found[0], base=base)
             done = f"adapters of {found[0]} merged"

@@ -15,10 +15,10 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from torch import Tensor
 
-from plmtune.errors import UserError
+from plmtune.errors import LogitsNotFinite, UserError
 from plmtune.evaluation.perplexity import windows
 from plmtune.evaluation.result_cache import ResultCache, key
-from plmtune.evaluation.scoring import Item, NotFinite, Scorer
+from plmtune.evaluation.scoring import Item, Scorer
 from plmtune.evaluation.writing import Prompt, Writer
 from plmtune.inference.sampling import check_sampling
 from plmtune.tokenizers.chat_template import ChatTemplate
@@ -304,9 +304,9 @@ class LanguageModel(TemplateLM):
                     self.cache.put(values)
                 found |= values
                 self.progress(kind, len(found), len(order))
-        except NotFinite as error:
+        except LogitsNotFinite as error:
             raise UserError(
-                f"{_place(requests, firsts[order[error.index]])}: the model's logits are not numbers (NaN). Its "
+                f"{_place(requests, firsts[order[int(error.item)]])}: the model's logits are not numbers (NaN). Its "
                 "weights are damaged or its training diverged: take an earlier checkpoint, or one computed in fp32 if "
                 "this one is in half precision."
             ) from error

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
-from plmtune.evaluation.scoring import Item, NotFinite, Scorer
+from plmtune.errors import LogitsNotFinite
+from plmtune.evaluation.scoring import Item, Scorer
 
 if TYPE_CHECKING:
     from plmtune.modules.decoder import Decoder
@@ -103,9 +104,10 @@ def perplexity(
                 seen += Perplexity(nats, sum(len(items[index].continuation) for index, _ in batch))
                 if progress is not None:
                     progress(seen)
-        except NotFinite as error:
-            number, first = origins[error.index]
-            last = first + len(items[error.index].continuation) - 1
+        except LogitsNotFinite as error:
+            index = int(error.item)
+            number, first = origins[index]
+            last = first + len(items[index].continuation) - 1
             raise ValueError(
                 f"document {total.documents + number + 1:,}, tokens {first:,} to {last:,}: the model's output is not a "
                 "number; its weights are damaged, its training diverged, or its dtype overflows"

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from plmtune.errors import UserError
+from plmtune.errors import LogitsNotFinite, UserError
 from plmtune.evaluation.prefixes import Batch, Ids, Text, layout, plan, weigh
 from plmtune.modules.attributes import eval_mode
 from plmtune.modules.cache import SharedPrefix
@@ -51,14 +51,6 @@ class Score(NamedTuple):
 
     log_prob: float
     greedy: bool
-
-
-class NotFinite(ValueError):
-    """Logits were NaN or infinite; `index` is the first such item of its batch."""
-
-    def __init__(self, index: int) -> None:
-        super().__init__(f"the log-probability of item {index} is not a finite number")
-        self.index = index
 
 
 class Scorer:
@@ -200,7 +192,7 @@ class Scorer:
             for text in sorted((text for text, _ in paths), key=lambda text: text.items):
                 self._compute(items, prefix[:0], [[text]], known)
         if bad:
-            raise NotFinite(bad[0])
+            raise LogitsNotFinite(bad[0])
         return {n: Score(float(s), bool(g)) for n, s, g in zip(numbers, sums, greedy, strict=True)}
 
     def _predict(self, hidden: Tensor, places: Ids, targets: Ids) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from plmtune.errors import UserError
-from plmtune.evaluation.scoring import NotFinite, out_of_memory
-from plmtune.inference import batching
+from plmtune.errors import LogitsNotFinite, UserError
+from plmtune.evaluation.scoring import out_of_memory
 from plmtune.inference.batching import BatchedGenerator, FinishReason
 from plmtune.inference.request_queue import Request
 from plmtune.inference.sampling import before_stop, check_sampling, encode_stops
@@ -142,8 +141,8 @@ class Writer:
                         ids = [token for token in answer.tokens if token not in self._silent]
                         text = before_stop(self.tokenizer.decode(ids), prompts[index].until)
                         yield index, Written(text, answer.tokens, answer.finish_reason)
-                except batching.NotFinite as error:
-                    raise NotFinite(int(error.key)) from error
+                except LogitsNotFinite as error:
+                    raise LogitsNotFinite(int(error.item)) from error
                 except (RuntimeError, MemoryError) as error:
                     if not out_of_memory(error):
                         raise

@@ -37,7 +37,7 @@ from plmtune.export.huggingface import end_ids
 from plmtune.io.atomic import atomic_write, check_room
 from plmtune.models.checkpoint_files import write_json
 from plmtune.modules.decoder import Decoder
-from plmtune.modules.quantized import Format, Quantized, QuantizedLinear
+from plmtune.modules.quantized import Format, Quantized, QuantizedLinear, is_quantized
 from plmtune.modules.torchtune_layers import quiet
 from plmtune.registry import load
 from plmtune.tokenizers.tokenizer import Tokenizer
@@ -132,7 +132,7 @@ def check_scheme(model: Decoder, scheme: str | None) -> None:
 def make_step(model: Decoder, scheme: str | None, max_seq_len: int) -> DecoderStep:
     """The program as a module, in fp32 and integers; the model is not changed."""
     model = copy.deepcopy(model).cpu().float().eval()
-    quantized = any(isinstance(module, Quantized) for module in model.modules())
+    quantized = is_quantized(model)
     if scheme not in (None, "fp32") and not quantized:
         from plmtune.quantization.quantize import quantize
 

@@ -33,7 +33,7 @@ from plmtune.models.directory import check_free
 from plmtune.models.gguf_forms import Form
 from plmtune.models.hf_config import read_formats
 from plmtune.modules.decoder import Decoder
-from plmtune.modules.quantized import Quantized
+from plmtune.modules.quantized import is_quantized
 from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.units import show_bytes
 
@@ -142,7 +142,7 @@ def export(
     log(f"reading {source}")
     tokenizer = load_model_tokenizer(source, base)
     model = load_model(source, dtype=None, base=base).eval()
-    if any(isinstance(module, Quantized) for module in model.modules()):
+    if is_quantized(model):
         model = model.float()  # its numbers are products of integers and bf16 scales, which bf16 would round
     folder.mkdir(parents=True, exist_ok=True)
     for kind, path in paths.items():

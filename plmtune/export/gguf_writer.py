@@ -42,7 +42,7 @@ from plmtune.models.gguf_squared_relu import KEY, Factors
 from plmtune.models.hf_names import our_name
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import adapted, effective_weight
-from plmtune.modules.quantized import Quantized
+from plmtune.modules.quantized import Quantized, is_quantized
 from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.units import show_bytes
 
@@ -125,7 +125,7 @@ def write_gguf(
             f"{show_bytes(copied)} of {show_bytes(sum(part.num_bytes for part in parts))} are a second copy of each "
             f"layer's up projection, which {found.architecture.name} multiplies as the gate."
         )
-    if any(isinstance(module, Quantized) for module in model.modules()):
+    if is_quantized(model):
         notes.append("The integers of quantized layers are written as the numbers that they stand for.")
     odd = sorted({part.shape[-1] for part in parts if part.kind == "F16" and kind not in ("F16", "F32")})
     if odd:

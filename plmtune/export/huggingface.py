@@ -46,7 +46,7 @@ from plmtune.models.hf_config import hf_config
 from plmtune.models.hf_names import SCORE, STANDARD
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import effective_weight
-from plmtune.modules.quantized import Quantized
+from plmtune.modules.quantized import Quantized, is_quantized
 from plmtune.tokenizers.chat_template import find_template
 from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.units import show_bytes
@@ -91,7 +91,7 @@ def export_hf(
     ends = end_ids(tokenizer)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
     ids["pad_token_id"] = tokenizer.eos_id
-    if any(isinstance(module, Quantized) for module in model.modules()):
+    if is_quantized(model):
         notes.append("The integers are written out as floating-point numbers: the model is the same, its size is not.")
     state = hf_state(_float_state(model, dtype), STANDARD if as_ is not None else names_of(keys))
     if as_ is not None:

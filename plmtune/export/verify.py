@@ -30,7 +30,7 @@ from plmtune.models.adapters import load_model, load_model_tokenizer
 from plmtune.models.checkpoint_files import checkpoint_directory
 from plmtune.modules.attributes import with_attributes
 from plmtune.modules.decoder import Decoder
-from plmtune.modules.quantized import Quantized
+from plmtune.modules.quantized import Quantized, is_quantized
 from plmtune.ranges import AT_LEAST_1, check
 
 __all__ = ["Check", "Report", "verify"]
@@ -271,7 +271,7 @@ def _cannot_hold(contents: Contents, model: Decoder) -> bool:
 
 def _quantized_like(model: Decoder, contents: Contents) -> tuple[Decoder, Contents]:
     """The checkpoint quantized as a program is (itself where it is quantized already), and the numbers of that."""
-    if not any(isinstance(module, Quantized) for module in model.modules()):
+    if not is_quantized(model):
         from plmtune.export.executorch import executorch_formats
         from plmtune.quantization.quantize import quantize
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from plmtune.errors import LogitsNotFinite
 from plmtune.inference.request_queue import TURN, Request, RequestQueue, Waiting
 from plmtune.inference.sampling import GREEDY, check_sampling, penalize, top_k_top_p
 from plmtune.modules.attributes import eval_mode
@@ -25,18 +26,6 @@ _PADDING = 0.15
 _PREFILL_TOKENS = 4096
 
 FinishReason = Literal["stop", "end", "length"]
-
-
-class NotFinite(ValueError):
-    """The model's logits for a request are NaN or infinite.
-
-    Attributes:
-        key: the request's.
-    """
-
-    def __init__(self, key: str) -> None:
-        super().__init__(f"request {key}: the model gives numbers that are NaN or infinite")
-        self.key = key
 
 
 @dataclass(frozen=True)
@@ -328,7 +317,7 @@ class BatchedGenerator:
         best = scores.argmax(-1)  # NaN counts as the largest
         drawn: list[int] = torch.where(scores.gather(1, best[:, None])[:, 0].isfinite(), best, -1).tolist()
         if -1 in drawn:
-            raise NotFinite(draws[drawn.index(-1)][0].key)
+            raise LogitsNotFinite(draws[drawn.index(-1)][0].key)
         return drawn
 
 

@@ -39,7 +39,7 @@ from plmtune.models.checkpoint_files import (
 from plmtune.models.hf_names import STANDARD
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import adapted, merge
-from plmtune.modules.quantized import Quantized
+from plmtune.modules.quantized import is_quantized
 from plmtune.registry import load
 from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.tokenizers.tokenizer_files import load_tokenizer
@@ -202,7 +202,7 @@ def load_adapter(model: Decoder, directory: Path) -> None:
         UserError: if they are damaged, of a kind that cannot be represented, or do not fit the model, as no adapters
             fit integers.
     """
-    if any(isinstance(module, Quantized) for module in model.modules()):
+    if is_quantized(model):
         raise UserError(
             f"{directory}: its base is quantized, and adapters cannot be put beside integers. Give the checkpoint that "
             "was quantized with --base, merge, and quantize what comes of it."

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from plmtune import dtypes
-from plmtune.errors import NotFinite, UserError
+from plmtune.errors import UserError, WeightsNotFinite
 from plmtune.io import safetensors_writer
 from plmtune.io.atomic import atomic_write
 from plmtune.models.checkpoint_files import CONFIG, INDEX, WEIGHTS, locate, opened_weights, read_json, write_json
@@ -22,7 +22,7 @@ from plmtune.models.families import names_of
 from plmtune.models.hf_config import METHOD, VERSION, build_on_meta, hf_config
 from plmtune.models.hf_names import SCORE, STANDARD, Names, hf_name
 from plmtune.modules.decoder import Decoder
-from plmtune.modules.quantized import Quantized
+from plmtune.modules.quantized import Quantized, is_quantized
 from plmtune.modules.sharding import full_tensor, is_sharded, shard_like
 
 _SHARD_BYTES = 5e9  # of a file of weights, as in Hugging Face's libraries
@@ -80,11 +80,6 @@ def to_hf(model: Decoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state, config
 
 
-def is_quantized(model: nn.Module) -> bool:
-    """Whether a module stores integers."""
-    return any(isinstance(module, Quantized) for module in model.modules())
-
-
 def num_bytes(model: Decoder) -> int:
     """The bytes of the weights' files that `save_model` writes of a model, which may be on the meta device."""
     state = to_hf(model)[0]
@@ -107,7 +102,7 @@ def save_model(
         max_shard_bytes: larger weights are split, with an index.
 
     Raises:
-        NotFinite: if a number is NaN or infinite.
+        WeightsNotFinite: if a number is NaN or infinite.
         ValueError: if a state comes without a config, integers without what they stand for, a model was prepacked for
             this machine's kernels, or max_shard_bytes is not above 0.
     """
@@ -128,7 +123,7 @@ def save_model(
     directory = Path(directory)
     if names := safetensors_writer.not_finite(state):
         fp16 = " (fp16 holds no number above 65,504: bf16 does)" if state[names[0]].dtype == torch.float16 else ""
-        raise NotFinite(
+        raise WeightsNotFinite(
             f"weights are not finite{fp16}: {safetensors_writer.listed(names)}. Nothing is written to {directory}."
         )
     directory.mkdir(parents=True, exist_ok=True)

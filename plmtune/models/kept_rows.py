@@ -11,8 +11,8 @@ from torch import nn
 
 from plmtune.errors import UserError
 from plmtune.models.assemble import meta_model
-from plmtune.models.hf import is_quantized
 from plmtune.modules.decoder import Decoder
+from plmtune.modules.quantized import is_quantized
 
 # Keys of config.json and generation_config.json whose lists hold ids, besides *_token_id and *_token_ids.
 _LISTS = ("suppress_tokens", "begin_suppress_tokens")

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from plmtune.errors import UserError
-from plmtune.io import safetensors_writer
-from plmtune.models.adapters import load_model, load_model_tokenizer
+from plmtune.models.adapters import load_model_tokenizer
+from plmtune.models.unquantized import build_on_meta, load_finite
 from plmtune.modules.decoder import Decoder
-from plmtune.modules.quantized import Quantized
 
 # (the models' tensors, the base's or None, a weight for each model) -> the merged tensor, all of one shape in fp32.
 Method = Callable[[Sequence[Tensor], Tensor | None, Sequence[float]], Tensor]
@@ -94,20 +93,19 @@ def merge_models(
         UserError: if one has another shape or another tokenizer than the first, is quantized, or holds a number that
             is not finite, which a method that leaves numbers out would hide.
     """
-    models = [load_model(directory) for directory in directories]
-    others = [*zip(directories, models, strict=True), *([(base, load_model(base))] if base else [])]
-    fingerprint = load_model_tokenizer(directories[0]).fingerprint
-    for directory, model in others:
-        if any(isinstance(module, Quantized) for module in model.modules()):
-            raise UserError(f"{directory} is quantized. Merge the models that were quantized, and quantize the result.")
+    every = [*directories, *([base] if base else [])]
+    for directory in every:
+        build_on_meta(directory, "merge")
+    read = [load_finite(directory, torch.device("cpu"), "merge", None) for directory in every]
+    models, fingerprint = read[: len(directories)], load_model_tokenizer(directories[0]).fingerprint
+    for directory, model in zip(every, read, strict=True):
         if load_model_tokenizer(directory).fingerprint != fingerprint:
             raise UserError(
-                f"{directory} has another tokenizer than {directories[0]}, so their rows do not correspond."
+                f"{directory} has another tokenizer than {directories[0]}, so their rows do not correspond. "
+                "Merge models that were trained from one base."
             )
         _check_shape(directory, model, directories[0], models[0])
-        if names := safetensors_writer.not_finite(dict(model.named_parameters())):
-            raise UserError(f"{directory}: weights are not finite: {safetensors_writer.listed(names)}.")
-    states = [dict(model.named_parameters()) for _, model in others]
+    states = [dict(model.named_parameters()) for model in read]
     for name, parameter in models[0].named_parameters():
         tensors = [state[name].float() for state in states]
         own, theirs = tensors[: len(models)], tensors[len(models) :]

@@ -274,3 +274,8 @@ def install(model: nn.Module, formats: Mapping[str, Format]) -> None:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         model.set_submodule(name, new.train(held.training))
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether a module stores integers."""
+    return any(isinstance(module, Quantized) for module in model.modules())

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from plmtune.errors import NotFinite, UserError, unreadable
+from plmtune.errors import UserError, WeightsNotFinite, unreadable
 from plmtune.io import manifest, safetensors_writer
 from plmtune.io.manifest import step_path, steps
 from plmtune.models.checkpoint_files import Stored, locate
@@ -124,11 +124,11 @@ class Checkpoints:
 
         Raises:
             UserError: on every rank, if it cannot be written; earlier checkpoints stay valid, and nothing partial is
-                left. NotFinite, if it holds NaN or an infinity.
+                left. WeightsNotFinite, if it holds NaN or an infinity.
         """
         try:
             self.wait()  # one at a time: host memory and the disk have room for one
-        except NotFinite:
+        except WeightsNotFinite:
             raise
         except UserError as error:
             log.warning("%s", error)  # the cause may be gone; if not, this save fails too
@@ -190,7 +190,7 @@ class Checkpoints:
         try:
             self.poll()
         except UserError as error:
-            if isinstance(error, NotFinite):
+            if isinstance(error, WeightsNotFinite):
                 raise
             message(f"{error}\nTrying once more, with the present state.")
             return True
@@ -207,7 +207,7 @@ class Checkpoints:
             with suppress(UserError):  # a save in progress may become the newest checkpoint
                 self.wait()
             kept = distributed.broadcast_from_rank0(self.newest_message)
-            raise NotFinite(
+            raise WeightsNotFinite(
                 f"step {step}: weights are not finite since the update of step {since} ({names}), so they are not "
                 f"saved. {kept} {TOO_HIGH}"
             )
@@ -245,7 +245,7 @@ class Checkpoints:
             document = read_trainer_state(path)
             distributed.load_full_tensors(self.state_dict(model), Stored(locate(path, self.stem)))
             if names := not_finite(self.state_dict(model)):
-                raise NotFinite(
+                raise WeightsNotFinite(
                     f"it holds weights that are not finite ({names}). Delete it, and the run resumes from "
                     "the one before it."
                 )
@@ -261,7 +261,7 @@ class Checkpoints:
             if rank and not same:  # this rank has no saved state, and that of rank 0 would repeat its dropout masks
                 training_state.seed_everything(int(torch.randint(2**31, ())) + rank)
         except UserError as error:
-            what = "cannot be resumed:" if isinstance(error, NotFinite) else "does not fit this run."
+            what = "cannot be resumed:" if isinstance(error, WeightsNotFinite) else "does not fit this run."
             raise UserError(f"{path} {what} {error}") from error
         except OSError as error:
             raise unreadable(path, error) from error
@@ -295,7 +295,7 @@ class Checkpoints:
         directory = self._temporary(step)
         # After the copy, so that training does not wait for it.
         if names := [name for held in tensors.values() for name in safetensors_writer.not_finite(held)]:
-            raise NotFinite(
+            raise WeightsNotFinite(
                 f"step {step}: weights or moments are not finite ({safetensors_writer.listed(names)}), so it is not "
                 f"saved. {self.newest_message()} {TOO_HIGH}"
             )
@@ -313,7 +313,10 @@ class Checkpoints:
         error = save.job.exception()
         texts = distributed.gather_texts(
             json.dumps(
-                {"failure": self._failed(save.step, error, save.needed), "finite": not isinstance(error, NotFinite)}
+                {
+                    "failure": self._failed(save.step, error, save.needed),
+                    "finite": not isinstance(error, WeightsNotFinite),
+                }
                 if error
                 else save.job.result()
             )
@@ -324,10 +327,10 @@ class Checkpoints:
             self._save = None
             if distributed.rank() == 0:
                 shutil.rmtree(self._temporary(save.step), ignore_errors=True)
-            if error is not None and not isinstance(error, OSError | NotFinite):
+            if error is not None and not isinstance(error, OSError | WeightsNotFinite):
                 raise error
             finite, message = failures[0]
-            raise UserError(message) if finite else NotFinite(message)
+            raise UserError(message) if finite else WeightsNotFinite(message)
         if save.publishing or distributed.world_size() == 1:
             self._save = None
             return
@@ -354,7 +357,7 @@ class Checkpoints:
         return {}
 
     def _failed(self, step: int, error: BaseException, needed: int) -> str:
-        if isinstance(error, NotFinite):
+        if isinstance(error, WeightsNotFinite):
             return str(error)
         reason, number = getattr(error, "strerror", None) or error, getattr(error, "errno", None)
         remedies = {errno.EFBIG: "raise the limit on files (ulimit -f)", errno.EACCES: "allow writing to it"}

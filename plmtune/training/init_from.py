@@ -12,7 +12,7 @@ import torch
 
 from plmtune.config.schema import TrainingConfig
 from plmtune.config.typed_config import load_config
-from plmtune.errors import NotFinite, UserError
+from plmtune.errors import UserError, WeightsNotFinite
 from plmtune.io import hub, manifest
 from plmtune.io.run_directory import CONFIG
 from plmtune.io.run_summary import finished_runs
@@ -229,7 +229,7 @@ def find_init_checkpoint(
 def check_finite(model: Any, init_from: str) -> None:
     """Refuse to start from weights that hold NaN or an infinity. Every rank calls it."""
     if names := not_finite(dict(model.named_parameters())):
-        raise NotFinite(
+        raise WeightsNotFinite(
             f"init_from={init_from}: its weights are not finite ({names}): its training diverged, or it is "
             "damaged. Start from an earlier checkpoint or another model."
         )

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 from plmtune.config.compose import build
 from plmtune.config.schema import TrainingConfig
 from plmtune.config.typed_config import to_plain
-from plmtune.errors import NotFinite, UserError
+from plmtune.errors import UserError, WeightsNotFinite
 from plmtune.io import terminal
 from plmtune.io.run_directory import RunDirectory, refuse_unusable
 from plmtune.io.signals import EXIT_STOPPED
@@ -139,7 +139,7 @@ def _run(
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
         try:
             score = recipe.train()
-        except NotFinite:
+        except WeightsNotFinite:
             recipe.run.note(ended_by="guard")  # a restart by torchrun must not undo it
             raise
         if score is None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from plmtune.data.batches import Batch, Batches, make_batch
 from plmtune.data.order import Ints
-from plmtune.errors import NotFinite, UserError
+from plmtune.errors import UserError, WeightsNotFinite
 from plmtune.io import checked_tensors
 from plmtune.losses.log_probs import log_probs
 from plmtune.models.digest import model_digest
@@ -160,7 +160,7 @@ def measure_losses(
             if not row.isfinite().all():
                 name, index = place_of(chosen[int((~row.isfinite()).nonzero()[0])])
                 where = data.rows[name].locate(index)
-                raise NotFinite(f"{title}: the loss of {where} is not finite, so nothing can be drawn by it.")
+                raise WeightsNotFinite(f"{title}: the loss of {where} is not finite, so nothing can be drawn by it.")
             losses[batch * size : batch * size + len(chosen)] = row
             if runtime.rank == 0:
                 cache.add(chosen, row.numpy())

@@ -137,7 +137,7 @@ class TestMerge:
         self, checkpoint: Path, base: Path, tmp_path: Path, typed: Command
     ) -> None:
         code, _, err = typed("merge", base, tmp_path / "out")
-        assert code == 2 and "holds no adapters: it is a whole model already" in err
+        assert code == 2 and "holds no adapters. To merge whole models give several" in err
         (base / "model.safetensors").unlink()
         code, _, err = typed("merge", checkpoint, tmp_path / "out")
         assert code == 2 and "holds neither model.safetensors" in err

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from plmtune.errors import UserError
+from plmtune.errors import LogitsNotFinite, UserError
 from plmtune.evaluation import scoring
-from plmtune.evaluation.scoring import Item, NotFinite, Score, Scorer
+from plmtune.evaluation.scoring import Item, Score, Scorer
 from plmtune.models.llama import llama
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
@@ -281,9 +281,9 @@ class TestRefusals:
         nan = torch.tensor(float("nan"))
         model.tok_embeddings.register_forward_hook(lambda _, ids, out: out.where(ids[0][..., None] != 50, nan))
         items = [Item([1, 2], [3, 4]), Item([1, 50], [3]), Item([1, 50], [4]), Item([1, 50, 2], [4])]
-        with pytest.raises(NotFinite, match="item 1") as caught:
+        with pytest.raises(LogitsNotFinite, match="item 1") as caught:
             scores(Scorer(model), items)
-        assert caught.value.index == 1
+        assert caught.value.item == 1
 
     @pytest.mark.parametrize(
         ("item", "words"),

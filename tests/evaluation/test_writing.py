@@ -7,9 +7,8 @@ import pytest
 import torch
 from lm_eval.models.utils import postprocess_generated_text
 
-from plmtune.errors import UserError
+from plmtune.errors import LogitsNotFinite, UserError
 from plmtune.evaluation import writing
-from plmtune.evaluation.scoring import NotFinite
 from plmtune.evaluation.writing import Prompt, Writer, Written
 from plmtune.inference.batching import BatchedGenerator
 from plmtune.inference.request_queue import Request
@@ -240,10 +239,10 @@ class TestRefusals:
 
         monkeypatch.setattr(Decoder, "forward", wrong)
         found = []
-        with pytest.raises(NotFinite) as caught:
+        with pytest.raises(LogitsNotFinite) as caught:
             for index, _ in Writer(model, tokenizer, batch_size=1).write(
                 [Prompt([1], 2), Prompt([5, 77], 2), Prompt([1, 2, 3], 2)]
             ):
                 found.append(index)
-        assert caught.value.index == 1
+        assert caught.value.item == 1
         assert found == [2]

@@ -7,8 +7,9 @@ import pytest
 import torch
 from tiny_models import tiny_llama, tiny_plm
 
+from plmtune.errors import LogitsNotFinite
 from plmtune.inference import request_queue
-from plmtune.inference.batching import Answer, BatchedGenerator, NotFinite, _exponential
+from plmtune.inference.batching import Answer, BatchedGenerator, _exponential
 from plmtune.inference.request_queue import Request
 from plmtune.inference.sampling import generate
 from plmtune.modules.decoder import Decoder
@@ -291,9 +292,9 @@ class TestNotFinite:
             model.tok_embeddings.weight[77] = float("nan")
             model.tok_embeddings.weight[78] = float("nan")
         engine = BatchedGenerator(model, batch_size=3, temperature=temperature, num_tokens=70)
-        with pytest.raises(NotFinite, match="request bad: the model gives numbers that are NaN") as caught:
+        with pytest.raises(LogitsNotFinite, match="item bad: the model gives numbers that are NaN") as caught:
             answers(engine, [Request("good", [1, 2], 3), Request("bad", [5, 77], 3), Request("fine", [3, 4], 3)])
-        assert caught.value.key == "bad"
+        assert caught.value.item == "bad"
 
 
 class TestRun:

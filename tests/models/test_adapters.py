@@ -375,7 +375,11 @@ class TestFamilies:
         return AutoModelForCausalLM.from_pretrained(tmp_path / "base", **settings).eval()
 
     @pytest.mark.parametrize(
-        ("family", "targets"), [*((name, ALL) for name in FAMILIES), *((name, NAMED) for name in ("qwen3", *FUSED))]
+        ("family", "targets"),
+        [
+            *(pytest.param(name, ALL, id=f"{name}-all") for name in FAMILIES),
+            *(pytest.param(name, NAMED, id=f"{name}-named") for name in ("qwen3", *FUSED)),
+        ],
     )
     def test_peft_computes_what_we_do(self, family: str, targets: tuple[str, ...], tmp_path: Path) -> None:
         from peft import PeftModel

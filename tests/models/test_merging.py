@@ -117,5 +117,5 @@ class TestMergeModels:
         weights = load_file(wrong / "model.safetensors")
         weights["model.layers.1.mlp.up_proj.weight"][3, 2] = number
         save_file(weights, wrong / "model.safetensors")
-        with pytest.raises(UserError, match=rf"{wrong}: weights are not finite: layers.1.ffn.up_proj.weight"):
+        with pytest.raises(UserError, match=rf"{wrong}: its weights are not finite \(layers.1.ffn.up_proj.weight"):
             merging.merge_models(pair, merging.ties(0.2), [1, 1], base=base)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 from toy import Toy, train_step
 
-from plmtune.errors import NotFinite, UserError
+from plmtune.errors import UserError, WeightsNotFinite
 from plmtune.io import checksummed_json, manifest
 from plmtune.io.manifest import check_files, steps
 from plmtune.training import state as training_state
@@ -633,7 +633,7 @@ class TestNotFinite:
         spoilt = next(run.model.parameters())
         (spoilt if where == "weights" else run.optimizer.state[spoilt]["exp_avg"]).data.view(-1)[0] = float("inf")
         with pytest.raises(
-            NotFinite, match=r"step 4: weights or moments are not finite \(.*newest .* that of step 2\."
+            WeightsNotFinite, match=r"step 4: weights or moments are not finite \(.*newest .* that of step 2\."
         ):
             run.save(4)
         assert steps(tmp_path / "c") == [2]
