@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from plmtune.cli.options import check_output, divide, import_option, json_option, lengths_of, option, words_of
+from plmtune.errors import UserError
 
 _SCHEMES = "bf16,int8,int4,f16,q8_0,q4_0,q4_k_m"
 _CONTEXTS = "128,2048,4096"
@@ -32,7 +33,14 @@ _CONTEXTS = "128,2048,4096"
 )
 @option("--prompt N", "Predict the time to first token for a prompt of N tokens.", default=512)
 @option("--train-on TEXT", "Predict training hours on this device.", default="h200")
-@option("--sweep", "Predict every combination of the keys that have several values.")
+@option(
+    "--sweep",
+    "Predict every combination of the keys that have several values; without such keys, find shapes at equal "
+    "parameters and print the command that trains them all.",
+)
+@option("--tolerance TEXT", "With --sweep, take shapes whose parameters are this share more or less (default: 2%).")
+@option("--multiple N", "With --sweep at equal parameters, take widths that are multiples of N (default: 64 or 32).")
+@option("--shapes N", "With --sweep at equal parameters, show N shapes (default: 12).")
 @json_option
 @option("--plot FILE.png", "Plot speeds, or the Pareto front of a sweep.")
 @import_option
@@ -46,6 +54,9 @@ def plan(
     prompt: int,
     train_on: str,
     sweep: bool,
+    tolerance: str | None,
+    multiple: int | None,
+    shapes: int | None,
     json_path: Path | None,
     plot: Path | None,
 ) -> None:
@@ -59,11 +70,12 @@ def plan(
     plmtune plan pretrain model=plm_150m --device mine.yaml --scheme int8,int4 --runtime plmtune
     plmtune plan runs/demo/latest --device pi5
     plmtune plan pretrain model=plm_150m --sweep model.embed_dim=512,768 'model.num_layers=range(8,25,4)'
+    plmtune plan demo --sweep --device pi5
     """
     check_output(json_path, ".json")
     check_output(plot, ".png")
 
-    from plmtune.cli.plan_report import Asked, predict_training, read_model_shape, show_plan, show_sweep
+    from plmtune.cli.plan_report import Asked, predict_training, read_model_shape, show_plan
     from plmtune.devices.device import load_device
 
     asked = Asked(
@@ -72,13 +84,28 @@ def plan(
         schemes_given=schemes is not None,
         runtimes=words_of(runtimes or ("plmtune" if sweep else "plmtune,llama.cpp"), "--runtime"),
         contexts=lengths_of(contexts or ("2048" if sweep else _CONTEXTS), "--context"),
+        contexts_given=contexts is not None,
         prompt=prompt,
         json_path=json_path,
         plot=plot,
     )
     overlays, overrides = divide(arguments)
+    at_equal = {"--tolerance": tolerance, "--multiple": multiple, "--shapes": shapes}
+    given = [flag for flag, value in at_equal.items() if value is not None]
+    if given and not sweep:
+        raise UserError(f"{given[0]} counts with --sweep, at equal parameters.")
     if sweep:
-        show_sweep(name, overlays, overrides, asked)
+        from plmtune.cli.plan_shapes import parse_tolerance, show_shapes
+        from plmtune.cli.plan_sweep import show_sweep
+        from plmtune.config.override_checks import split_sweeps
+
+        if tolerance is None and split_sweeps(overrides)[1]:
+            if given:
+                raise UserError(f"{given[0]} counts at equal parameters: give --tolerance, or no key several values.")
+            show_sweep(name, overlays, overrides, asked)
+        else:
+            share = parse_tolerance(tolerance or "2%")
+            show_shapes(name, overlays, overrides, asked, tolerance=share, multiple=multiple, most=shapes or 12)
         return
     model_shape, cfg = read_model_shape(name, overlays, overrides)
     if contexts is None:  # the usual ones, as far as this model goes

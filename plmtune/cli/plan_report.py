@@ -1,4 +1,4 @@
-"""What ``plmtune plan`` shows: a config's sizes, speeds and training, or the architectures that no other beats."""
+"""What ``plmtune plan`` shows of a model: sizes, speeds and training."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ from plmtune.config.schema import TrainingConfig
 from plmtune.devices import costs, latent_form
 from plmtune.devices.costs import ModelShape
 from plmtune.devices.device import Device, load_device
-from plmtune.devices.pareto import draw_front, draw_speeds, front
+from plmtune.devices.pareto import draw_speeds
 from plmtune.devices.predict import Prediction, predict
-from plmtune.devices.sweep import Point, sweep, vocabulary
+from plmtune.devices.sweep import vocabulary
 from plmtune.errors import UserError, either, near_names
 from plmtune.export.lint import gguf_architecture, lint_deploy
 from plmtune.io import hub
 from plmtune.io.tables import Column, Table, numbers, show
-from plmtune.io.terminal import Progress
 from plmtune.models.adapters import read_model_config
 from plmtune.models.assemble import component_from_config
 from plmtune.models.checkpoint_files import checkpoint_directory
@@ -36,8 +35,6 @@ from plmtune.registry import describe_components
 from plmtune.training.batch_rule import show_batch_rule
 from plmtune.training.runtime import Runtime
 from plmtune.units import show_bytes, show_count, show_number, show_number_of
-
-_LISTED = 20  # of a front
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,7 @@ class Asked:
     schemes_given: bool
     runtimes: list[str]
     contexts: list[int]  # tokens in the cache, the fewest first
+    contexts_given: bool
     prompt: int  # tokens read for the first one
     json_path: Path | None
     plot: Path | None
@@ -318,84 +316,3 @@ def _hours(hours: float) -> str:
 
 def as_plain(prediction: Prediction) -> dict[str, Any]:
     return {**asdict(prediction), "memory": prediction.memory, "fits": prediction.fits}
-
-
-# --- a sweep ------------------------------------------------------------------------------------------------------
-
-
-def show_sweep(name: str, overlays: list[str], overrides: list[str], asked: Asked) -> None:
-    """Print the Pareto front of a sweep over architectures; write JSON and the plot where given."""
-    for option in ("device", "scheme", "runtime", "context"):
-        count = len(getattr(asked, f"{option}s"))
-        if count != 1:
-            raise UserError(f"--{option}: a sweep compares architectures at one, not {count}.")
-    if Path(name).is_dir() or hub.parse(name):
-        raise UserError(f"{name} is a checkpoint: a sweep goes over what is still to be trained.")
-    device, scheme, runtime, context = asked.devices[0], asked.schemes[0], asked.runtimes[0], asked.contexts[0]
-    costs.check_schemes([scheme], [runtime])
-    with Progress() as line:
-        found = sweep(
-            *with_preset(name, overlays, overrides),
-            device,
-            scheme=scheme,
-            runtime=runtime,
-            context=context,
-            prompt=asked.prompt,
-            rows=published_rows(name, overlays, overrides),
-            progress=lambda done, total: line.update(f"{done:,} of {total:,} architectures"),
-        )
-    best = front(found.points)
-    missed = sum(map(len, found.impossible.values()))
-    too_large = [point for point in found.points if not point.prediction.fits]
-    how = f"{name} on {device.name}: {scheme} in {runtime}, {context:,} tokens of context"
-    show(
-        f"{how}. {len(found.points) + missed:,} architectures; {missed:,} are impossible, {len(too_large):,} do not "
-        f"fit {show_bytes(device.available)}"
-    )
-    for reason, settings in sorted(found.impossible.items(), key=lambda item: -len(item[1]))[:5]:
-        example = ", ".join(f"{key}={value}" for key, value in settings[0].items())
-        show(f"  impossible, {len(settings):,} times: {reason.rstrip('.')} (such as {example})")
-    if not found.points:
-        raise UserError("Not one of these architectures is possible.")
-    if not best:
-        smallest = min(point.prediction.memory for point in found.points)
-        raise UserError(f"Not one of these architectures fits: the smallest takes {show_bytes(smallest)}.")
-    _print_front(best)
-    if asked.plot is not None:
-        draw_front(found.points, asked.plot, how)
-        show(f"\n{asked.plot} written")
-    if asked.json_path is not None:
-        on_front = {id(point) for point in best}
-        points = [
-            {
-                "settings": point.settings,
-                "parameters": point.parameters,
-                "non_embedding_parameters": point.non_embedding,
-                "front": id(point) in on_front,
-                **as_plain(point.prediction),
-            }
-            for point in found.points
-        ]
-        content = {"config": name, "device": asdict(device), "points": points, "impossible": found.impossible}
-        write_json(asked.json_path, content)
-
-
-def _print_front(best: list[Point]) -> None:
-    show(f"\nThe front of speed, memory and parameters: {len(best):,} that no other beats")
-    keys = list(best[0].settings)
-    figures = {"#": 0, **dict.fromkeys(keys, 0), "parameters": 0, "non-embedding": 2, "memory": 3}
-    figures |= {f"first of {best[0].prediction.prompt:,}": 1, "tokens/s": 0}
-    table = Table(numbers({name.removeprefix("model."): drop for name, drop in figures.items()}))
-    for number, point in list(enumerate(best, 1))[:: -(-len(best) // _LISTED)]:
-        table.add(
-            str(number),
-            *(point.settings[key] for key in keys),
-            show_count(point.parameters),
-            show_count(point.non_embedding),
-            show_bytes(point.prediction.memory),
-            "-" if point.prediction.first_token is None else f"{show_number(point.prediction.first_token)} s",
-            show_speed(point.prediction),
-        )
-    show(table)
-    if len(best) > _LISTED:
-        show("Some of them; --json has all.")

@@ -20,6 +20,9 @@ from plmtune.config.rules import check_override, is_option
 from plmtune.config.signatures import dict_keys
 from plmtune.errors import UserError
 
+_TABLES = "plmtune_tables_"  # what the groups of tables of a multirun begin with in Hydra's store
+_typed: dict[str, str] = {}  # a choice of such a table -> the override that stands for it
+
 
 def _parsed(text: str) -> Override | None:
     try:
@@ -73,9 +76,11 @@ def plain_value(value: Any) -> Any:
 def check_overrides(overrides: Sequence[str], *, multirun: bool = False) -> list[str]:
     """Refuse what is no override, and write choices in Hydra's form.
 
-    Keys may be added to dictionaries, as ``data.sources={mine: ...}`` does.
+    Keys may be added to dictionaries, as ``data.sources={mine: ...}`` does. In a multirun several tables of a component
+    (``model={num_layers: 2, embed_dim: 64},{num_layers: 4, embed_dim: 48}``) are its values, one for each job.
     """
     checked: list[list[str]] = []  # what each override stands for
+    tied: dict[str, str] = {}  # full key that such tables give -> their override
     for index, text in enumerate(overrides):
         # Hydra's multirun reads its own options, one of which unpickles a file, among the overrides.
         if ("=" not in text and not text.startswith("~")) or text.startswith("-"):
@@ -89,7 +94,18 @@ def check_overrides(overrides: Sequence[str], *, multirun: bool = False) -> list
         if re.match(r"[+~]*recipe\b", text):
             raise UserError(f"override {text:.200}: a config has its recipe. Run another one: plmtune run NAME")
         part = []
-        for normal in _normalize(text, parse(text, overrides[index + 1 :])):
+        typed = parse(text, overrides[index + 1 :])
+        if multirun and _holds_tables(typed):
+            choice, keys, places = _store_tables(text, typed, f"{_TABLES}{index}")
+            if (twice := next((key for key in keys if key in tied), None)) is not None:
+                raise UserError(f"override {text:.200}: gives {twice}, as override {tied[twice]:.200} does. Keep one.")
+            for place in places:
+                checked = [_without(place, SEVERAL, earlier) for earlier in checked]
+            checked = [[one for one in earlier if _full_key(one) not in keys] for earlier in checked]
+            tied |= dict.fromkeys(keys, text)
+            checked.append([choice])
+            continue
+        for normal in _normalize(text, typed):
             parsed = parse(normal)
             value = plain_value(parsed._value)
             check_override(text, parsed.key_or_group, parsed.package, value, multirun=multirun)
@@ -98,11 +114,84 @@ def check_overrides(overrides: Sequence[str], *, multirun: bool = False) -> list
             if key.endswith(".component") and not in_dict:
                 place = key.removesuffix(".component").replace(".", "/")
                 raise UserError(f"override {text}: choose it as {place}={chosen}.")
+            if _full_key(normal) in tied:
+                raise UserError(
+                    f"override {text:.200}: the tables of override {tied[_full_key(normal)]:.200} give this key, too. "
+                    "Keep one of them."
+                )
             part.append(f"++{normal.lstrip('+')}" if in_dict else normal)
         for place, name in chosen_components(part).items():
             checked = [_without(place, name, earlier) for earlier in checked]
         checked.append(part)
     return [text for part in checked for text in part]
+
+
+def _full_key(text: str) -> str:
+    return text.partition("=")[0].lstrip("+~").replace("/", ".")
+
+
+def _holds_tables(parsed: Override) -> bool:
+    """Whether an override gives a component several values, one of them a table of its keys."""
+    if not isinstance(parsed._value, ChoiceSweep) or parsed.package is not None:
+        return False
+    return group_at(parsed.key_or_group) is not None and any(isinstance(one, dict) for one in parsed._value.list)
+
+
+def _store_tables(text: str, parsed: Override, name: str) -> tuple[str, set[str], list[str]]:
+    """Store the tables of a component as options of a group of their own, which Hydra's sweepers choose from.
+
+    Hydra takes only names for a component, and a product of keys for others; an option can give several keys at once.
+
+    Args:
+        name: of the group.
+
+    Returns:
+        The choice in Hydra's form; the full keys that each table gives; the places at which they choose components.
+    """
+    key, sweep = parsed.key_or_group, parsed._value
+    assert isinstance(sweep, ChoiceSweep)
+    values, place = plain_value(sweep), key.replace(".", "/")
+    check_override(text, key, None, values, multirun=True)
+    if parsed.is_add() or parsed.is_delete():
+        raise UserError(f"override {text:.200}: write it without {text[:1]}.")
+    options: list[str] = []
+    first: tuple[set[str], list[str]] = set(), []
+    for number, value in enumerate(values):
+        choices: dict[str, str | None] = {}
+        settings = take_choices(value, place, str(group_at(key)), choices, f"override {text:.200}, ")
+        keys = {*_leaves(settings, place.replace("/", ".")), *(at.replace("/", ".") for at in choices)}
+        if number and (odd := sorted(keys ^ first[0])):
+            raise UserError(
+                f"override {text:.200}: its tables must give the same keys, and not all of them give {odd[0]}."
+            )
+        first = keys, list(choices)
+        node: dict[str, Any] = settings
+        for part in reversed(place.split("/")):
+            node = {part: node}
+        node["defaults"] = [*({f"override /{at}": chosen} for at, chosen in choices.items()), "_self_"]
+        literal = hydra_literal(value)
+        options.append(f"{number}_" + re.sub(r"\W+", "-", literal).strip("-"))
+        ConfigStore.instance().store(group=name, name=options[-1], node=OmegaConf.create(node), package="_global_")
+        _typed[f"+{name}={options[-1]}"] = f"{key}={literal}"
+    chosen = ",".join(options)
+    if not sweep.simple_form or len(options) == 1:
+        chosen = f"choice({chosen})"
+    if sweep.shuffle:
+        chosen = f"shuffle({chosen})"
+    if sweep.tags:
+        chosen = f"tag({','.join(sorted(sweep.tags))},{chosen})"
+    return f"+{name}={chosen}", *first
+
+
+def _leaves(value: Any, key: str) -> list[str]:
+    if isinstance(value, dict):
+        return [leaf for name, child in value.items() for leaf in _leaves(child, f"{key}.{name}")]
+    return [key]
+
+
+def as_typed(text: str) -> str:
+    """The override that a choice of a table stands for; any other as it is."""
+    return _typed.get(text, text)
 
 
 def _without(place: str, name: str | None, part: list[str]) -> list[str]:

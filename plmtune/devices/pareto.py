@@ -1,4 +1,4 @@
-"""The Pareto front of speed, memory and parameters, and its plot."""
+"""The Pareto front of speed, memory and parameters, and plots of predictions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from plmtune.devices.equal_shapes import LAYERS, WIDTH, Shape
 from plmtune.devices.predict import Prediction
 from plmtune.devices.sweep import Point
 from plmtune.io.figures import COLOURS, finish, new_figure, widen
@@ -107,3 +108,20 @@ def draw_speeds(predictions: Sequence[Prediction], path: Path, title: str) -> No
     figure.legend(named.values(), named.keys(), loc="outside lower center", fontsize=8, ncols=4)
     contexts = sorted({prediction.context for prediction in predictions})
     finish(figure, path, at={panel.xaxis: contexts for panel in panels})
+
+
+def draw_shapes(shapes: Sequence[Shape], predictions: Sequence[Prediction], path: Path, title: str) -> None:
+    """Draw decode speed against depth, of shapes with equal parameters; the width stands beside each."""
+    fitting = [(s, p) for s, p in zip(shapes, predictions, strict=True) if p.decode is not None]
+    figure = new_figure(8, 5)
+    axes = figure.subplots()
+    axes.set_title(title, fontsize=10)
+    places = [(shape.settings[LAYERS], prediction.decode or 0.0) for shape, prediction in fitting]
+    axes.scatter(*np.array(places, dtype=float).reshape(-1, 2).T, s=30, color=COLOURS[0])
+    axes.set_xlabel("layers")
+    bound = any(prediction.is_bound for _, prediction in fitting)
+    axes.set_ylabel("decode, at most tokens/s (the device is not calibrated)" if bound else "decode, tokens/s")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    labels = [(f"width {shape.settings[WIDTH]:,}", *place) for (shape, _), place in zip(fitting, places, strict=True)]
+    finish(figure, path, whole=[axes.xaxis], labels={axes: labels})

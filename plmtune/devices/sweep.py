@@ -108,8 +108,8 @@ def sweep(
                     value = values[text]
                     if isinstance(value, UserError):
                         raise value
-                    model = _put(model, text.partition("=")[0].split(".")[1:], value)
-                shape = _shape_of(seen, model, num_rows)
+                    model = put(model, text.partition("=")[0].split(".")[1:], value)
+                shape = shape_of(seen, model, num_rows)
                 reached = predict(shape, device, scheme=scheme, runtime=runtime, context=context, prompt=prompt)
                 if context > shape.max_seq_len:
                     raise UserError(f"a context of {context:,} exceeds the model's max_seq_len ({shape.max_seq_len:,})")
@@ -134,16 +134,17 @@ def _value(cfg: Any, text: str) -> Any:
     return changed
 
 
-def _put(held: Component, path: Sequence[str], value: Any) -> Component:
+def put(held: Component, path: Sequence[str], value: Any) -> Component:
     name, *below = path
-    return replace(held, settings=held.settings | {name: _put(held.settings[name], below, value) if below else value})
+    return replace(held, settings=held.settings | {name: put(held.settings[name], below, value) if below else value})
 
 
-def _shape_of(seen: dict[str, ModelShape | Exception], model: Component, rows: int) -> ModelShape:
-    """The shape of a model with equal layers, from one layer, which is built once: depth costs nothing to sweep."""
+def shape_of(seen: dict[str, ModelShape | Exception], model: Component, rows: int) -> ModelShape:
+    """The shape of a model. Where its layers are equal it comes from one, which is built once: depth costs nothing."""
     attention = model.settings.get("attention")
     of_some_layers = isinstance(attention, Component) and attention.settings.get("value_embed")
-    layers = None if of_some_layers else model.settings.get("num_layers")
+    differ = of_some_layers or len(set(model.settings.get("layers") or ())) > 1  # types of layers: windows
+    layers = None if differ else model.settings.get("num_layers")
     one = model if layers is None else replace(model, settings=model.settings | {"num_layers": min(layers, 1)})
     key = repr(one)
     if key not in seen:

@@ -190,14 +190,14 @@ def estimate(
 def attention_flops(model: nn.Module, seq_len: int) -> float:
     """Forward and backward FLOPs a token of q k^T and of weights times values, masked half included.
 
-    Forward takes 2 s (qk + v) a head and token, backward twice that. Widths are read off the projections:
-    q_proj gives heads x qk, o_proj takes heads x v.
+    Forward takes 2 s (qk + v) a head and token, backward twice that.
     """
     widths = 0
     for module in model.modules():
-        q_proj, o_proj = getattr(module, "q_proj", None), getattr(module, "o_proj", None)
-        if isinstance(q_proj, nn.Linear) and isinstance(o_proj, nn.Linear):
-            widths += q_proj.out_features + o_proj.in_features
+        shapes: Any = getattr(module, "head_shapes", None)
+        if shapes is not None:
+            (heads, key), _, (_, value) = shapes()
+            widths += heads * (key + value)
     return 6.0 * seq_len * widths
 
 

@@ -1,10 +1,13 @@
 """plmtune plan: from a config or a checkpoint to memory, speed and hours, and mistakes in sentences."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 from in_process import run, save_small
+
+from plmtune.config import compose, override_checks
 
 BASE = ("plan", "demo", "model=plm_tiny")
 
@@ -84,6 +87,34 @@ class TestPlan:
         assert len(json.loads((tmp_path / "sweep.json").read_text())["points"]) == 2
         assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
+    def test_shapes_at_equal_parameters_come_with_the_command_that_trains_them(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        given = ("plan", "demo", "tokenizer=byte", "model.num_layers=4", "--sweep", "--shapes", "3", "--scheme", "int8")
+        written = ("--json", tmp_path / "shapes.json", "--plot", tmp_path / "shapes.png")
+        code, out, _ = run(monkeypatch, capsys, *given, *written)
+        assert code == 0
+        assert "3 of 19 shapes with 927,488 parameters, 2% more or less" in out and "1,024 tokens of context" in out
+        found = json.loads((tmp_path / "shapes.json").read_text())
+        assert f"\n    {found['command']}\n" in out
+        assert (tmp_path / "shapes.png").read_bytes().startswith(b"\x89PNG")
+        assert len(found["found"]) == 19 and [point["base"] for point in found["points"]].count(True) == 1
+        words = shlex.split(found["command"])
+        assert words[:5] == ["plmtune", "run", "-m", "demo", "tokenizer=byte"]
+        plain, swept = override_checks.split_sweeps(words[4:])
+        for text, point in zip(swept["model"], found["points"], strict=True):
+            cfg = compose.compose("demo", (), [*plain, text])
+            parameters = compose.build("model", cfg.model, vocab_size=found["vocabulary"]).parameters()
+            assert sum(one.numel() for one in parameters) == point["parameters"]
+
+    def test_values_with_a_tolerance_are_the_only_ones(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        words = ("plan", "demo", "tokenizer=byte", "--sweep", "--tolerance", "0.05", "model.num_layers=2,8")
+        code, out, _ = run(monkeypatch, capsys, *words)
+        rows = [line.lstrip("* ").split() for line in out.splitlines() if " latent " in line]
+        assert code == 0 and {row[0] for row in rows} == {"2", "4", "8"}
+
     def test_a_preset_of_a_published_model_has_its_vocabulary(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -118,6 +149,15 @@ class TestPlan:
             (("plan", "pretrain", "--json", "no/where.json"), "a folder that is there"),
             (("plan", "sft"), "model=plm"),
             (("plan", "pretrain", "--sweep", "--device", "pi5,h200", "model.embed_dim=1,2"), "at one, not 2"),
+            (("plan", "demo", "--sweep", "--device", "pi5,h200"), "at one, not 2"),
+            (("plan", "demo", "--shapes", "3"), "--shapes counts with --sweep"),
+            (("plan", "demo", "--sweep", "--multiple", "3", "model.num_layers=1,2"), "give --tolerance"),
+            (("plan", "demo", "--sweep", "--tolerance", "150%"), "must be a share"),
+            (("plan", "demo", "--sweep", "--tolerance", "1e-9"), "The nearest has 1,4"),
+            (("plan", "demo", "--sweep", "--tolerance", "2%", "model.num_heads=2,4"), "these can have them: model.num"),
+            (("plan", "demo", "--sweep", "--tolerance", "2%", "model.num_layers=2.5,4"), "2.5 is not a whole number"),
+            (("plan", "demo", "--sweep", "--context", "99999"), "takes 1,024 tokens at most"),
+            (("plan", "sft", "--sweep"), "names no model to sweep over"),
         ],
     )
     def test_mistakes_are_sentences(

@@ -3,6 +3,7 @@
 import random
 import shlex
 import subprocess
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -542,3 +543,64 @@ class TestMultirun:
         with pytest.raises(KeyError):
             compose.multirun("demo", (), ["seed=1,2"], task, Path("runs/multirun/now"))
         assert not [*tmp_path.iterdir()]
+
+
+class TestTablesOfAMultirun:
+    """Several keys that change together: ``model={num_layers: 2, embed_dim: 64},{num_layers: 4, embed_dim: 48}``."""
+
+    @staticmethod
+    def models(*overrides: str) -> list[Any]:
+        found: list[Any] = []
+        with tempfile.TemporaryDirectory() as directory:
+            compose.multirun("demo", (), overrides, lambda cfg: found.append((cfg.model, cfg.seed)), Path(directory))
+        return found
+
+    def test_each_is_one_value_and_others_multiply(self) -> None:
+        tables = "model={num_layers: 2, ffn: {hidden_dim: 64}},{num_layers: 3, ffn: {hidden_dim: 48}}"
+        found = [
+            (model.settings["num_layers"], model.settings["ffn"].settings["hidden_dim"], seed)
+            for model, seed in self.models("model.num_layers=7", tables, "seed=1,2")
+        ]
+        assert found == [(2, 64, 1), (2, 64, 2), (3, 48, 1), (3, 48, 2)]
+
+    def test_a_table_chooses_components_with_their_own_defaults(self) -> None:
+        found = self.models("model=plm_tiny", "model={component: llama, num_layers: 2},{component: plm, num_layers: 3}")
+        assert [(m.name, m.settings["num_layers"], m.settings["embed_dim"]) for m, _ in found] == [
+            ("llama", 2, 576),
+            ("plm", 3, 2048),
+        ]
+
+    def test_of_a_nested_component_and_one_alone(self) -> None:
+        found = self.models("model.ffn={hidden_dim: 2},{hidden_dim: 4}")
+        assert [model.settings["ffn"].settings["hidden_dim"] for model, _ in found] == [2, 4]
+        ((model, _),) = self.models("model=choice({ffn: {component: swiglu, hidden_dim: 2}})")
+        assert model.settings["ffn"].name == "swiglu"
+
+    def test_a_refused_job_is_named_by_its_table(self) -> None:
+        def task(cfg: Any) -> None:
+            raise UserError("not this one.")
+
+        with tempfile.TemporaryDirectory() as directory, pytest.raises(UserError) as said:
+            compose.multirun("demo", (), ["model={num_layers: 2},{num_layers: 4}"], task, Path(directory))
+        assert str(said.value) == "job 0 (model={num_layers: 2}): not this one."
+
+    @pytest.mark.parametrize(
+        ("overrides", "says"),
+        [
+            (["model={num_layers: 2},{num_layers: 4}", "model.num_layers=3"], "give this key, too. Keep one of them"),
+            (["model={num_layers: 2},{num_layers: 4}"] * 2, "gives model.num_layers, as override model="),
+            (["model={num_layers: 2},{embed_dim: 64}"], "must give the same keys, and not all of them give model.em"),
+            (["model={num_layer: 2},{num_layer: 4}"], "Did you mean model.num_layers?"),
+            (["model={ffn: swigluu},{ffn: swiglu}"], "model/ffn has no option swigluu. Did you mean swiglu?"),
+            (["model={_target_: a.b},{_target_: c.d}"], "not allowed. Components are named"),
+            (["+model={num_layers: 2},{num_layers: 4}"], "write it without +"),
+        ],
+    )
+    def test_mistakes_are_sentences(self, overrides: list[str], says: str) -> None:
+        with pytest.raises(UserError) as said:
+            self.models(*overrides)
+        assert says in str(said.value) and overrides[0][:20] in str(said.value)
+
+    def test_outside_of_a_multirun_they_are_several_values(self) -> None:
+        with pytest.raises(UserError, match="To run them all: plmtune run -m"):
+            compose.compose("demo", (), ["model={num_layers: 2},{num_layers: 4}"])
