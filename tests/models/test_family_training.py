@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from made_families import FAMILIES, make
+from own_models import OWN_PARTS, own_model
 from torch import Tensor
 
 from plmtune.losses.cross_entropy import cross_entropy
 from plmtune.losses.log_probs import log_probs
 from plmtune.models import adapters
 from plmtune.models.hf import load_model, save_model
-from plmtune.models.llama import llama
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import adapter_parameters, init_adapters, merge
 from plmtune.quantization import qat
@@ -28,29 +28,12 @@ from plmtune.registry import component
 ONE_EACH = {model_type: name for name, (model_type, _) in reversed(FAMILIES.items())}.values()
 
 
-OWN = {
-    "pangu-pi": ({"shortcut": component("shortcut", "augmented", reduction=8)}, "siaf"),
-    "value embeddings": ({"value_embed": 2}, "swiglu"),
-}
-
-
-def make_own(name: str, directory: Path) -> None:
-    settings, kind = OWN[name]
-    attention = component("attention", "gqa", num_kv_heads=2, **settings)
-    ffn = component("ffn", kind, hidden_dim=72)
-    torch.manual_seed(0)
-    model = llama(101, attention=attention, ffn=ffn, embed_dim=48, num_layers=3, num_heads=6, max_seq_len=64)
-    model.init_std = 0.2  # as of the others
-    model.init_weights()
-    save_model(model, None, directory)
-
-
-@pytest.fixture(params=[*sorted(ONE_EACH), *OWN])
+@pytest.fixture(params=[*sorted(ONE_EACH), *OWN_PARTS])
 def family(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     if request.param in FAMILIES:
         make(request.param, tmp_path / "made")
     else:
-        make_own(request.param, tmp_path / "made")
+        save_model(own_model(request.param), None, tmp_path / "made")
     return tmp_path / "made"
 
 

@@ -1,4 +1,4 @@
-"""PanGu-alpha: the query layer, against its formula written naively."""
+"""PanGu-alpha: the query layer, against its formula written naively, and the presets; see test_own_parts, too."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plmtune.config.compose import compose
-from plmtune.models.hf import load_model, save_model
 from plmtune.models.pangu_alpha import pangu_alpha
 from plmtune.modules.segments import Segments
 from plmtune.registry import Component
@@ -78,13 +77,6 @@ def test_a_document_of_a_row_is_as_the_document_alone():
     found = model(TEXT[None], mask=Segments.of([[3, 5]]), input_pos=positions)[0]
     expected = torch.cat([naively(model, TEXT[:3]), naively(model, TEXT[3:])])
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
-
-
-@torch.no_grad()
-def test_checkpoints_round_trip(tmp_path):
-    model = small()
-    save_model(model, None, tmp_path)
-    torch.testing.assert_close(load_model(tmp_path)(TEXT[None]), model(TEXT[None]), rtol=0, atol=0)
 
 
 def test_an_attention_without_queries_of_their_own_is_refused():

@@ -1,9 +1,8 @@
-"""Augmented shortcuts: their formula, their start, and all that a model with them can do."""
+"""Augmented shortcuts: their formula and their start; test_own_parts has all that a model with them can do."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +10,9 @@ import torch
 from torch import Tensor
 
 from plmtune.config.compose import compose
-from plmtune.export.lint import lint
 from plmtune.models.gemma import gemma2
-from plmtune.models.hf import load_model, save_model
 from plmtune.models.llama import llama
 from plmtune.modules.decoder import Decoder
-from plmtune.modules.segments import Segments
-from plmtune.native.decoder import NativeDecoder
 from plmtune.registry import Component, component, load
 
 AUGMENTED = component("shortcut", "augmented", reduction=8)
@@ -94,51 +89,3 @@ class TestStart:
     def test_norms_after_attention_take_it_too(self) -> None:
         model, plain = (small("gqa", part, trained=False, make=gemma2) for part in (AUGMENTED, NONE))
         assert torch.equal(model(tokens(2, 9)), plain(tokens(2, 9)))
-
-
-@pytest.mark.parametrize("attention", SETTINGS)
-class TestForward:
-    @torch.no_grad()
-    def test_decoding_with_a_cache_equals_one_forward(self, attention: str) -> None:
-        model, ids = small(attention), tokens(2, 9)
-        cache = model.new_cache(2, 16)
-        parts = [model(part, cache=cache) for part in ids.split((4, 3, 1, 1), dim=1)]
-        torch.testing.assert_close(torch.cat(parts, 1), model(ids), atol=1e-5, rtol=1e-5)
-
-    @torch.no_grad()
-    def test_packed_and_padded_rows_are_those_of_each_text_alone(self, attention: str) -> None:
-        model, ids = small(attention), tokens(2, 16)
-        alone = torch.cat([model(part) for part in ids[:1].split((5, 1, 10), dim=1)], 1)
-        positions = torch.tensor([[*range(5), 0, *range(10)], [*range(16)]])
-        packed = model(ids, mask=Segments.of([(5, 1, 10), (16,)]), input_pos=positions)
-        torch.testing.assert_close(packed[:1], alone, atol=1e-5, rtol=1e-5)
-        padded = torch.cat((torch.zeros(1, 4, dtype=torch.long), ids[1:]), 1)
-        mask = torch.ones(20, 20, dtype=torch.bool).tril()[None] & (torch.arange(20) >= 4)
-        mask[:, :4, 0] = True  # a query sees something
-        found = model(padded, mask=mask, input_pos=(torch.arange(20) - 4).clamp(min=0)[None])
-        torch.testing.assert_close(found[:, 4:], model(ids[1:]), atol=1e-5, rtol=1e-5)
-
-    def test_every_matrix_has_a_gradient_with_checkpointing_or_without(self, attention: str) -> None:
-        gradients = []
-        for checkpointing in (False, True):
-            model = small(attention).train()
-            model.activation_checkpointing = checkpointing
-            model(tokens(2, 9)).square().mean().backward()
-            gradients.append({name: p.grad for name, p in model.named_parameters()})
-        assert all(gradient is not None and gradient.any() for gradient in gradients[0].values())
-        torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
-
-    def test_a_saved_model_is_the_same(self, attention: str, tmp_path: Path) -> None:
-        model = small(attention)
-        save_model(model, None, tmp_path)
-        again = load_model(tmp_path).eval()
-        assert again.config == model.config
-        with torch.no_grad():
-            assert torch.equal(again(tokens(2, 9)), model(tokens(2, 9)))
-
-    def test_other_formats_refuse_it_by_name(self, attention: str) -> None:
-        model = small(attention)
-        for target in ("gguf", "hf", "executorch"):
-            refused = [found.text for found in lint(model.config, target) if found.level == "refused"]
-            assert len(refused) == 1 and "shortcut" in refused[0], refused
-        assert NativeDecoder().bind(model) is None

@@ -1,20 +1,16 @@
-"""The series activation: its formula, its start, and all that a model with it can do."""
+"""The series activation: its formula and its start; test_own_parts has all that a model with it can do."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from plmtune.export.lint import lint
-from plmtune.models.hf import load_model, save_model
 from plmtune.models.llama import llama
 from plmtune.modules.decoder import Decoder
-from plmtune.native.decoder import NativeDecoder
 from plmtune.optim.optimizers import adamw, muon
 from plmtune.registry import component, load
 
@@ -106,24 +102,3 @@ class TestStart:
         ffn = small().layers[0].ffn
         with torch.autocast("cpu", torch.bfloat16):
             assert ffn._series(torch.ones(2, 40, dtype=torch.bfloat16)).dtype == torch.bfloat16
-
-
-class TestElsewhere:
-    def test_a_saved_model_is_the_same(self, tmp_path: Path) -> None:
-        model = small()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if ".series_" in name:
-                    parameter.normal_()
-        save_model(model, None, tmp_path)
-        again = load_model(tmp_path).eval()
-        assert again.config == model.config
-        with torch.no_grad():
-            assert torch.equal(again(tokens()), model(tokens()))
-
-    def test_other_formats_refuse_it_by_name(self) -> None:
-        config = small().config
-        for target in ("gguf", "hf", "executorch"):
-            refused = [found.text for found in lint(config, target) if found.level == "refused"]
-            assert len(refused) == 1 and "siaf" in refused[0]
-        assert NativeDecoder().bind(small()) is None
