@@ -68,13 +68,13 @@ class TestFamilies:
     def test_every_byte_string_round_trips(self, family: str, folder: Path) -> None:
         made = compressed(family, folder)[3]
         if not isinstance(made.vocabulary, Vocabulary):
-            return  # the library takes text alone
+            pytest.skip("the library takes text alone, whose round trip is tested above")
         ids = made.vocabulary.ids
 
         @few
         @given(st.binary(min_size=1))
         def check(data: bytes) -> None:
-            ranks = made._bpe._encode_single_piece(data)
+            ranks = made._engine._bpe._encode_single_piece(data)
             assert made.decode_bytes([ids[rank] for rank in ranks]) == data
 
         check()
