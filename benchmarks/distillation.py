@@ -5,7 +5,8 @@
 
 Each side runs in its own process, as peak memory only grows; the order alternates from round to round. Peak is the
 process's highest resident memory above what it held with its inputs made, gradients included. The parts are the
-student's forward and backward with cross entropy, and the teacher's forward with its logits, in chunks.
+student's forward and backward with cross entropy, and of the teacher either a forward with its logits, in chunks, or
+(teacher_step) a forward and backward with cross entropy, as the student's.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from plmtune.training.teacher_cache import most_likely
 
 VOCAB = 151936
 CPU = torch.device("cpu")
-LOSSES, STEPS = ("chunked", "full", "top_k"), ("student", "teacher", "distilled")
+LOSSES, STEPS = ("chunked", "full", "top_k"), ("student", "teacher", "teacher_step", "distilled")
 
 
 def full(hidden: Tensor, weight: Tensor, targets: Tensor, teacher: TeacherStates) -> Tensor:
@@ -77,8 +78,8 @@ def model(width: int, layers: int) -> Decoder:
 def step_side(side: str, tokens: int) -> Callable[[], float]:
     ids = torch.randint(VOCAB, (4, tokens // 4))
     targets = torch.randint(VOCAB, (tokens,))
-    student = model(512, 8) if side != "teacher" else None
-    teacher = model(1024, 16).eval().requires_grad_(False) if side != "student" else None
+    student = model(512, 8) if side in ("student", "distilled") else model(1024, 16) if side == "teacher_step" else None
+    teacher = model(1024, 16).eval().requires_grad_(False) if side in ("teacher", "distilled") else None
     distilled, plain = ForwardKL(cross_entropy_weight=0.5), cross_entropy()
 
     def run() -> float:
@@ -138,8 +139,9 @@ def main() -> None:
                 peak = statistics.median(peaks[side]) / statistics.median(peaks["full"])
                 print(f"{side} / full: time {time_of[side] / time_of['full']:.2f}, peak {peak:.2f}")
         else:
-            parts = time_of["student"] + time_of["teacher"]
-            print(f"distilled / (student + teacher): {time_of['distilled'] / parts:.2f}")
+            for other in ("teacher", "teacher_step"):
+                ratio = time_of["distilled"] / (time_of["student"] + time_of[other])
+                print(f"distilled / (student + {other}): {ratio:.2f}")
 
 
 if __name__ == "__main__":

@@ -233,14 +233,15 @@ class Pretrain:
         metrics = self.validate()
         if self.ema and metrics:
             with self.ema.applied(self.model):
-                metrics["ema_validation_loss"] = self.validate()["validation_loss"]
+                metrics["ema_validation_loss"] = self.validate(effective_dimension=False)["validation_loss"]
         return metrics
 
     @torch.no_grad()
-    def validate(self) -> dict[str, float]:
+    def validate(self, *, effective_dimension: bool = True) -> dict[str, float]:
         """Held-out loss in nats a token, bits a byte, and the share of exact zeros of each squared ReLU.
 
-        With validation.effective_dimension also how many principal components each layer's output has.
+        With validation.effective_dimension also how many principal components each layer's output has, unless the
+        caller does not want them.
         """
         self.model.eval()
         layers = [layer.ffn for layer in self.model.layers if hasattr(layer.ffn, "record_sparsity")]
@@ -249,7 +250,8 @@ class Pretrain:
         device = self.runtime.device
         nats, count, num_bytes = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
         zeros = torch.zeros(len(layers), dtype=torch.float64, device=device)
-        dimensions = EffectiveDimension(self.model, wanted=self.cfg.validation.effective_dimension)
+        wanted = effective_dimension and self.cfg.validation.effective_dimension
+        dimensions = EffectiveDimension(self.model, wanted=wanted)
         for batch in self.data.validation(self.cfg.validation.tokens):
             batch = batch.to(device)
             with dimensions.of(batch.targets >= 0):

@@ -1,8 +1,14 @@
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from plmtune.losses.cross_entropy import cross_entropy
 from plmtune.losses.distillation import ForwardKL, JensenShannon, ReverseKL, TeacherStates, TeacherTopK
@@ -168,3 +174,59 @@ class TestTopK:
         assert torch.isfinite(loss) and all(
             torch.isfinite(g).all() for g in torch.autograd.grad(loss, (hidden, weight))
         )
+
+
+class _Allocated(TorchDispatchMode):
+    """The most bytes of tensors that were made inside, and alive, at the end of any operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self._storages: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage.data_ptr()
+        if key and key not in self._storages and storage.nbytes():
+            self._storages.add(key)
+            self.alive += storage.nbytes()
+            self.peak = max(self.peak, self.alive)
+            weakref.finalize(storage, self._free, key, storage.nbytes())
+
+    def _free(self, key: int, size: int) -> None:
+        self._storages.discard(key)
+        self.alive -= size
+
+
+def _peak(step: Callable[[], Tensor]) -> int:
+    with _Allocated() as allocated:
+        step().backward()
+    return allocated.peak
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_memory_at_a_vocabulary_of_152k_is_a_third_of_full_logits_at_most(temperature: float) -> None:
+    """Of forward and backward, counted by tensors; a narrow model, so that logits are nearly all of it.
+
+    An eighth of the tokens is a chunk, as 256 of 2,048.
+    """
+    v, n = 151_936, 64
+    hidden, weight = torch.randn(n, 8, requires_grad=True), torch.randn(v, 8, requires_grad=True)
+    teacher, targets = TeacherStates(torch.randn(n, 12), torch.randn(v, 12)), torch.randint(v, (n,))
+    chunked = ForwardKL(temperature=temperature, cross_entropy_weight=0.5, chunk_rows=8)
+
+    def full() -> Tensor:
+        logits = torch.nn.functional.linear(hidden, weight)
+        log_q = torch.log_softmax(logits / temperature, dim=1)
+        log_p = torch.log_softmax(torch.nn.functional.linear(teacher.hidden, teacher.weight) / temperature, dim=1)
+        divergence = torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+        return 0.5 * torch.nn.functional.cross_entropy(logits, targets, reduction="sum") + 0.5 * divergence
+
+    ours, theirs = _peak(lambda: chunked(hidden, weight, targets, teacher=teacher)), _peak(full)
+    assert ours <= theirs / 3, f"{ours / 2**20:.0f} MiB and {theirs / 2**20:.0f} MiB"

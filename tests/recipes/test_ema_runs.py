@@ -13,6 +13,7 @@ from test_resuming import plmtune
 
 from plmtune.errors import UserError
 from plmtune.models.hf import load_model
+from plmtune.training.effective_dimension import EffectiveDimension
 
 
 def averages(run: Path) -> dict[str, torch.Tensor]:
@@ -34,6 +35,19 @@ def test_a_run_trains_as_without_and_keeps_and_measures_the_average(place: Path,
     assert torch.equal(state["tok_embeddings.weight"], found["model.embed_tokens.weight"])
     with pytest.raises(UserError, match="has no averaged weights"):
         plmtune("merge", str(whole), "other", "--ema")
+
+
+def test_effective_dimensions_are_those_of_the_weights_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted: list[bool] = []
+
+    def counted(model: Any, **given: bool) -> EffectiveDimension:
+        wanted.append(given["wanted"])
+        return EffectiveDimension(model, **given)
+
+    monkeypatch.setattr("plmtune.recipes.pretrain.EffectiveDimension", counted)
+    start("run_dir=run", "ema.decay=0.9", "validation.effective_dimension=true")
+    measured = [entry for entry in metrics(place / "run") if "ema_validation_loss" in entry]
+    assert wanted == [True, False] * len(measured) and "effective_dimension/0" in measured[0]
 
 
 def test_a_stopped_run_resumes_to_the_same_average(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
