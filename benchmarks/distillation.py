@@ -54,7 +54,10 @@ def loss_side(side: str, tokens: int) -> Callable[[], float]:
     teacher: TeacherStates | TeacherTopK = states
     if side == "top_k":
         chunks = [most_likely(h @ states.weight.T, 64) for h in states.hidden.split(256)]
-        teacher = TeacherTopK(*(torch.cat([vars(c)[name] for c in chunks]) for name in vars(chunks[0])))
+        ids, log_probs, log_rest = (
+            torch.cat(t) for t in zip(*((c.ids, c.log_probs, c.log_rest) for c in chunks), strict=True)
+        )
+        teacher = TeacherTopK(ids, log_probs, log_rest)
 
     def run() -> float:
         value = (

@@ -44,11 +44,13 @@ class TeacherTopK:
         ids: of the student's tokenizer, [n, k] integers, different ones in a row.
         log_probs: their log-probabilities, [n, k].
         log_rest: the log-probability of all other tokens together, [n]; -inf where there are none.
+        num_rows: rows that the two vocabulary projections share; None: all of the student's.
     """
 
     ids: Tensor
     log_probs: Tensor
     log_rest: Tensor
+    num_rows: int | None = None
 
 
 class DistillationLoss(ABC):
@@ -181,6 +183,9 @@ class ForwardKL(DistillationLoss):
             return value, log_q.exp_().sub_(p, alpha=1 - share)
         ids, log_p = teacher.ids[part], teacher.log_probs[part].float()
         by_ce = log_q.exp().mul_(share) if share else None
+        unshared = 0 if teacher.num_rows is None else max(0, logits.shape[1] - teacher.num_rows)
+        if unshared:
+            log_q = torch.log_softmax(logits[:, : teacher.num_rows], dim=1)
         grad = log_q.exp_()  # q, and then the gradient written over it
         of_top, others = grad.gather(1, ids), grad.scatter_(1, ids, 0)
         # Not 1 - P and 1 - Q: where P is near 1, the rounding of stored numbers is as large as what is left.
@@ -196,7 +201,10 @@ class ForwardKL(DistillationLoss):
         value += p_top * within * self.temperature**2
         in_top += by_scaled.mul_(p_top[:, None] * self.temperature)
         grad.scatter_(1, ids, in_top)
-        return value, grad if by_ce is None else by_ce.add_(grad, alpha=1 - share)
+        if by_ce is None:
+            return value, F.pad(grad, (0, unshared)) if unshared else grad
+        by_ce[:, : grad.shape[1]].add_(grad, alpha=1 - share)
+        return value, by_ce
 
     def divergence(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         p = log_p.exp()

@@ -175,7 +175,7 @@ class InitCheckpoint:
         for name, parameter in model.named_parameters():
             if name in self.added and name.startswith("value_embeddings."):
                 torch.nn.init.zeros_(parameter)  # from scratch they are drawn; here they must change nothing
-        check_finite(model, self.name)
+        check_finite(model, f"init_from={self.name}")
 
 
 def find_init_checkpoint(
@@ -226,12 +226,12 @@ def find_init_checkpoint(
     return InitCheckpoint(init_from, directory, bool(state), dict(seen), added, [note] if added else [])
 
 
-def check_finite(model: Any, init_from: str) -> None:
-    """Refuse to start from weights that hold NaN or an infinity. Every rank calls it."""
+def check_finite(model: Any, setting: str) -> None:
+    """Refuse weights that hold NaN or an infinity, of the checkpoint that a setting names. Every rank calls it."""
     if names := not_finite(dict(model.named_parameters())):
         raise WeightsNotFinite(
-            f"init_from={init_from}: its weights are not finite ({names}): its training diverged, or it is "
-            "damaged. Start from an earlier checkpoint or another model."
+            f"{setting}: its weights are not finite ({names}): its training diverged, or it is "
+            "damaged. Take an earlier checkpoint or another model."
         )
 
 

@@ -23,6 +23,7 @@ from plmtune.losses.cross_entropy import capped
 from plmtune.losses.distillation import DistillationLoss, TeacherStates, TeacherTopK
 from plmtune.models import adapters
 from plmtune.models.assemble import meta_model
+from plmtune.models.checkpoint_files import ADAPTER_CONFIG, read_json
 from plmtune.models.hf_config import read_formats
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, install
@@ -30,7 +31,7 @@ from plmtune.quantization.schemes import EMBEDDING, HEAD, KEEP
 from plmtune.registry import Component, describe_components, load
 from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.training import distributed
-from plmtune.training.init_from import init_checkpoint_directory
+from plmtune.training.init_from import check_finite, init_checkpoint_directory
 from plmtune.training.monitor import RunMonitor
 from plmtune.training.runtime import Runtime
 from plmtune.training.teacher_cache import TeacherCache, most_likely, row_digest
@@ -47,7 +48,7 @@ class Teacher:
 
     Attributes:
         model: on the meta device until its weights are loaded; they are loaded for good only without `top_k`.
-        vocab_size: of the tokenizer.
+        num_rows: rows that the vocabulary projections of both models share.
         settings: the config's section.
         distillation: the loss.
         kept: where the run's tokenizer was compressed from the teacher's, the teacher's id of each of its tokens.
@@ -55,11 +56,11 @@ class Teacher:
 
     directory: Path
     model: Decoder
-    vocab_size: int
+    num_rows: int
     settings: DistillationConfig
     distillation: DistillationLoss
     kept: Tensor | None = None
-    digest: str = ""  # of the weights: those that a resumed run had, until `prepare` checks them
+    digest: str = ""  # of weights and config: of those that a resumed run had, until `prepare` checks them
     _hidden: dict[tuple[bool, int], Tensor] = field(default_factory=dict)  # (of the teacher, pair): the last states
     _differences: list[Tensor] = field(default_factory=list)
 
@@ -68,11 +69,11 @@ class Teacher:
 
         Every rank must call it. Returns False if a signal stopped it; what was computed by then is kept.
         """
-        digest = distributed.broadcast_from_rank0(lambda: adapters.weights_digest(self.directory))
+        digest = distributed.broadcast_from_rank0(self._compute_digest)
         if self.digest not in ("", digest):
             raise UserError(
-                f"distillation.teacher={self.settings.teacher}: it no longer holds the weights that this run began "
-                "with. Put them back, or start a new run."
+                f"distillation.teacher={self.settings.teacher}: it no longer holds the weights and the config that "
+                "this run began with. Put them back, or start a new run."
             )
         self.digest = digest
         if self.settings.top_k is None:
@@ -80,7 +81,7 @@ class Teacher:
             for pair in enumerate(zip(self.settings.layers, self.settings.teacher_layers, strict=True)):
                 self._record(student, *pair)
             return True
-        cache = TeacherCache(Path(self.settings.cache) / self._key(runtime), self.settings.top_k, self.vocab_size)
+        cache = TeacherCache(Path(self.settings.cache) / self._key(runtime), self.settings.top_k, self.num_rows)
         for line in cache.refresh():
             monitor.message(f"{line} It is computed again.")
         missing: dict[str, tuple[str, int]] = {}
@@ -173,7 +174,7 @@ class Teacher:
     def _states(self, batch: Batch) -> TeacherStates | TeacherTopK:
         if batch.top_ids is not None:
             assert batch.top_log_probs is not None and batch.top_log_rest is not None
-            return TeacherTopK(batch.top_ids, batch.top_log_probs, batch.top_log_rest)
+            return TeacherTopK(batch.top_ids, batch.top_log_probs, batch.top_log_rest, self.num_rows)
         return self._states_of(self.model, batch)
 
     def _states_of(self, model: Decoder, batch: Batch) -> TeacherStates:
@@ -191,7 +192,7 @@ class Teacher:
         k = self.settings.top_k or 1
         with runtime.autocast():
             states = self._states_of(model, batch)
-        weight = states.weight[: self.vocab_size].to(states.hidden.dtype)
+        weight = states.weight[: self.num_rows].to(states.hidden.dtype)
         chunks = [
             most_likely(capped(hidden @ weight.T, states.soft_cap)[0], k) for hidden in states.hidden.split(_CHUNK_ROWS)
         ]
@@ -202,6 +203,7 @@ class Teacher:
     def _loaded(self, runtime: Runtime) -> Decoder:
         """The model with its weights, in the dtype of the arithmetic, sharded as the trained model is."""
         model = adapters.load_model(self.directory, runtime.device, runtime.compute_dtype).eval().requires_grad_(False)
+        check_finite(model, f"distillation.teacher={self.settings.teacher}")
         if self.settings.quantization:
             from plmtune.quantization.quantize import quantize  # torchao takes a second to import
 
@@ -210,11 +212,18 @@ class Teacher:
             distributed.wrap(model, runtime.strategy, runtime.mesh, runtime.compute_dtype)
         return model
 
+    def _compute_digest(self) -> str:
+        """The hash of all that decides what the model computes."""
+        parts = [adapters.weights_digest(self.directory), self.model.config]
+        if adapters.holds_adapters(self.directory):
+            parts.append(read_json(self.directory, ADAPTER_CONFIG))
+        return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
+
     def _key(self, runtime: Runtime) -> str:
         """The hash of what the numbers depend on, besides the row: the weights, the tokens kept, and the arithmetic."""
         arithmetic = f"{runtime.device.type} {runtime.compute_dtype}"
         kept = None if self.kept is None else self.kept.tolist()
-        parts = [_VERSION, self.digest, kept, self.settings.top_k, self.vocab_size, arithmetic, torch.__version__]
+        parts = [_VERSION, self.digest, kept, self.settings.top_k, self.num_rows, arithmetic, torch.__version__]
         parts += [self.settings.quantization] if self.settings.quantization else []
         return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
 
@@ -276,12 +285,13 @@ def find_teacher(
         install(model, read_formats(directory)[0])  # so that its size is estimated as it is stored
     if settings.quantization:
         install(model, quantized_formats(model, settings))
-    vocab_size = tokenizer.vocab_size if tokenizer else config["vocab_size"]
-    if settings.top_k is not None and settings.top_k > vocab_size:
-        raise UserError(f"key distillation.top_k: {settings.top_k} exceeds the vocabulary ({vocab_size}).")
+    num_rows = config["vocab_size"] if kept is None else len(kept)
+    num_rows = num_rows if student is None else min(num_rows, student.vocab_size)
+    if settings.top_k is not None and settings.top_k > num_rows:
+        raise UserError(f"key distillation.top_k: {settings.top_k} exceeds the vocabulary ({num_rows}).")
     if student is not None and settings.layers:
         _check_layers(settings, student, model)
-    return Teacher(directory, model, vocab_size, settings, loss, kept)
+    return Teacher(directory, model, num_rows, settings, loss, kept)
 
 
 def quantized_formats(model: Decoder, settings: DistillationConfig) -> dict[str, Format]:

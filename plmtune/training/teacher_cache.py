@@ -126,7 +126,8 @@ class TeacherCache:
                 part, first, count = self._places[row_digest(row)]
                 found.append(self._opened[part][first : first + count])
         records = np.concatenate(found) if found else np.empty((0, self.record_bytes), np.uint8)
-        return {f"top_{name}": value for name, value in vars(decode(records, self.k, self.vocab_size)).items()}
+        top = decode(records, self.k, self.vocab_size)
+        return {"top_ids": top.ids, "top_log_probs": top.log_probs, "top_log_rest": top.log_rest}
 
     def add(self, digest: str, top: TeacherTopK) -> None:
         """Add a row; it can be read after the next `flush` and `refresh`."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from cli_runs import SMALL, ends_with, metrics, nothing_beside, refusal, start, stop_at, weights
 from group import in_group
+from safetensors.torch import load_file, save_file
 from test_resuming import plmtune
 
 from plmtune.errors import UserError
@@ -138,7 +139,7 @@ class TestLayers:
 
 class TestBadInput:
     def test_a_temperature_is_the_losses(self, place: Path) -> None:
-        assert "Did you mean loss.temperature or" in refusal("loss=jsd", "distillation.temperature=2")
+        assert "Did you mean loss.temperature" in refusal("loss=jsd", "distillation.temperature=2")
 
     def test_a_loss_without_its_teacher(self, place: Path) -> None:
         assert "distillation.teacher=DIR" in refusal("loss=reverse_kl")
@@ -164,6 +165,17 @@ class TestBadInput:
 
     def test_quantization_without_a_teacher(self, place: Path) -> None:
         assert "key distillation.quantization: there is no teacher" in refusal("distillation.quantization=int8")
+
+    @pytest.mark.parametrize("kept", [(), ("distillation.top_k=8",)])
+    def test_a_teacher_whose_training_diverged(self, place: Path, whole: Path, kept: tuple[str, ...]) -> None:
+        shutil.copytree(next(whole.glob("checkpoints/step-00000012")), place / "diverged")
+        (place / "diverged/manifest.json").unlink()
+        state = load_file(place / "diverged/model.safetensors")
+        state["model.norm.weight"][3] = float("nan")
+        save_file(state, place / "diverged/model.safetensors")
+        said = refusal(*DISTIL, "distillation.teacher=diverged", *kept)
+        assert "distillation.teacher=diverged: its weights are not finite (norm.weight)" in said
+        assert not [*place.glob("runs/teacher/*/*.bin")]
 
     def test_rows_longer_than_the_teacher_reads(self, place: Path, whole: Path) -> None:
         said = refusal(*DISTIL, f"distillation.teacher={whole}", "seq_len=600", "model.max_seq_len=600")
@@ -197,6 +209,21 @@ class TestTopK:
         assert weights(place / "first") == weights(place / "second")
         start("run_dir=longer", *keys, "phases=[{name: main, steps: 14}]")
         assert "7 rows are computed" in capfd.readouterr().err
+
+    def test_a_teacher_of_another_config_is_another_teacher(
+        self, place: Path, whole: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        directory = place / "changed"
+        shutil.copytree(next(whole.glob("checkpoints/step-00000012")), directory)
+        keys = (*self.KEYS, "distillation.teacher=changed", "distillation.top_k=8", "phases=[{name: main, steps: 1}]")
+        start("run_dir=first", *keys)
+        config = (directory / "config.json").read_text()
+        assert "100000.0" in config
+        (directory / "config.json").write_text(config.replace("100000.0", "5000.0"))
+        (directory / "manifest.json").unlink()
+        capfd.readouterr()
+        start("run_dir=second", *keys)
+        assert "rows are computed" in capfd.readouterr().err
 
     def test_a_multirun_computes_each_teachers_tokens_once(self, place: Path, capsys: Any) -> None:
         other = ("model.init_std=0.05", "phases=[{name: main, steps: 1}]")
