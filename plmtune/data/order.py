@@ -338,6 +338,8 @@ class Order:
             return self._shuffled(np.arange(block * BLOCK, (block + 1) * BLOCK))
         drawn, (source, before) = self._layout(phase, block)
         if self.phases[phase].round > 1:
+            if phase not in self._draws:
+                raise RuntimeError(f"phase {self.phases[phase].name} is not drawn yet: `Rounds.begin` does it")
             place = drawn[source] + before
             window = np.empty_like(place)
             for s, windows in enumerate(self._draws[phase]):

@@ -157,7 +157,7 @@ class Rounds:
             if losses:
                 mean = of_drawn[source].mean() if num else float("nan")
                 how = f"by loss: mean {mean:.4f} of the drawn, {losses[source].mean():.4f} of all"
-            monitor.message(f"{title}: {num:,} of {every:,} sequences of {name} drawn {how}")
+            monitor.message(f"{title}: {num:,} sequences of {name} drawn from {every:,} {how}")
         if losses and self.runtime.is_main:
             path = self._path(title.rpartition(" ")[2]).with_suffix(".png")
             draw_losses(np.concatenate(losses), np.concatenate(of_drawn), path, title=title)

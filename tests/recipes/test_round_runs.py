@@ -96,9 +96,9 @@ def test_later_rounds_follow_in_one_schedule(place: Path, capfd: pytest.CaptureF
     ]  # fmt: skip
     assert logged[8]["lr"] == max(e["lr"] for e in logged) and logged[-1]["lr"] < logged[8]["lr"]  # stable till late
     assert re.search(
-        r"round 2: 12 of 24 sequences of few drawn by loss: mean ([\d.]+) of the drawn, ([\d.]+) of all", said
+        r"round 2: 12 sequences of few drawn from 24 by loss: mean ([\d.]+) of the drawn, ([\d.]+) of all", said
     )
-    assert "round 3: 4 of 8 sequences of many drawn by loss" in said
+    assert "round 3: 4 sequences of many drawn from 8 by loss" in said
     assert "phase round 2: 4 steps" in said and "step 16/16" in said
     for number in (2, 3):
         windows = drawn(place / "run", number)
@@ -114,7 +114,7 @@ def test_high_losses_are_drawn(place: Path, capfd: pytest.CaptureFixture[str]) -
 
 def test_a_uniform_draw_measures_nothing(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     start("run_dir=run", *ROUNDS, "multi_round={rounds: 2, draw: uniform, temperature: 1}")
-    assert "12 of 24 sequences of few drawn at random" in capfd.readouterr().err
+    assert "12 sequences of few drawn from 24 at random" in capfd.readouterr().err
     assert not (place / "runs/data/losses").exists() and len(set(drawn(place / "run", 2)[:12])) == 12
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
 from plmtune.errors import UserError
 from plmtune.io.metrics import MetricsFile
-from plmtune.training.plot import draw_curves, smooth, sparsity_layers
+from plmtune.training.plot import draw_curves, draw_losses, smooth, sparsity_layers
 
 
 def write_metrics(path, *, num_steps: int = 200, layers: int = 6, every: int = 20) -> None:
@@ -88,6 +89,16 @@ class TestDrawCurves:
         write_metrics(tmp_path / "metrics.jsonl", num_steps=2)
         with pytest.raises(UserError, match=r"nowhere/curves\.png cannot be written"):
             draw_curves(tmp_path / "metrics.jsonl", tmp_path / "nowhere" / "curves.png")
+
+
+def test_losses_of_sequences_are_drawn_with_their_means(tmp_path, figures):
+    draw_losses(np.linspace(2, 4, 50), np.array([3.5, 4.0]), tmp_path / "round-2.png", title="round 2")
+    (panel,) = figures[0].axes
+    assert [text.get_text() for text in panel.get_legend().get_texts()] == [
+        "all: 50, mean 3.000",
+        "drawn: 2, mean 3.750",
+    ]
+    assert (tmp_path / "round-2.png").read_bytes().startswith(b"\x89PNG")
 
 
 class TestSmooth:
