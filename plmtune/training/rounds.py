@@ -70,17 +70,14 @@ class Rounds:
             tensors, note = checked_tensors.load(path)
             if note["file"]["xxh3_128"] != digest:
                 raise ValueError("its checkpoint was made with another draw")
+            if note["data"] != dict(self.fingerprints):
+                raise ValueError("it was made of other data than there is now: put that back")
             windows.copy_(tensors["windows"])
         except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
             raise UserError(
                 f"{path}: the draw of round {number} cannot be used ({error}). Put it back with its .json, or start a "
                 f"new run from the weights of this one: init_from={self.run}"
             ) from error
-        if note["data"] != dict(self.fingerprints):
-            raise UserError(
-                f"{self.run}: round {number} was drawn from other data than there is now. Put the data back, or start "
-                f"a new run from its weights: init_from={self.run}"
-            )
 
     def begin(self, model: Decoder, step: int, monitor: RunMonitor) -> bool:
         """Draw the round that begins at `step`, if one does; False if a signal stopped it, and what was measured stays.

@@ -260,5 +260,5 @@ class TestBadInput:
     def test_other_data_cannot_go_on_with_a_draw(self, place: Path, undisturbed: Path) -> None:
         rewind(undisturbed, 10)
         (place / "corpus/01.txt").write_text("another text " * 30)
-        with pytest.raises(UserError, match="round 2 was drawn from other data"):
+        with pytest.raises(UserError, match=r"draw of round 2 cannot be used \(it was made of other data"):
             plmtune("resume", "undisturbed", "--allow-data-change")
