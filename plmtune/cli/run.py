@@ -15,7 +15,7 @@ import click
 
 from plmtune.cli import short
 from plmtune.cli.options import divide, import_option, option, recipe_file, without_collecting
-from plmtune.cli.runs import reasons, table
+from plmtune.cli.runs_table import reasons, table
 from plmtune.errors import UserError, either, near_names
 from plmtune.io import terminal
 from plmtune.io.run_directory import (

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +25,7 @@ _TAIL = 1 << 20  # bytes at the end of metrics.jsonl in which the newest values 
 _MAX_CONFIG = 1 << 20
 _ENDED = {"running": "is running", "stopped": "was stopped", "failed": "failed", "killed": "was killed"}
 _REPORTING = ("quantize", "prune")  # recipes that train nothing: RECIPE.json has what came of them
-_SHOWN = ("loss", "validation_loss", "bits_per_byte")
+_SHOWN = ("loss", "validation_loss", "bits_per_byte", "tokens")
 
 
 @dataclass
@@ -35,16 +35,24 @@ class Summary:
     path: str
     recipe: str = ""
     model: str = ""  # its component; of a quantization the scheme
+    layers: int | None = None
+    width: int | None = None  # of the residual stream
     parameters: int | None = None
     status: str = "unknown"  # or running, finished, stopped, failed, killed
     reason: str | None = None  # why it failed
     started: str | None = None
     step: int | None = None  # the newest one
     steps: int | None = None  # the run's last
+    tokens: int | None = None  # trained on so far
     saved_step: int | None = None  # of the newest checkpoint
     loss: float | None = None  # the newest validation loss, or where there is none the newest training loss
     bits_per_byte: float | None = None
     seconds: float | None = None  # from begin to end, summed over its attempts
+
+    @property
+    def shape(self) -> str:
+        """Layers x width, where they are known."""
+        return f"{self.layers:,} x {self.width:,}" if self.layers and self.width else ""
 
 
 def find_runs(directory: Path) -> list[Path]:
@@ -69,6 +77,7 @@ def summarize(path: Path) -> Summary:
     model = config.get("quantization" if recipe == "quantize" else "model")
     model = str(model.get("component") or "") if isinstance(model, dict) else ""
     found = Summary(str(path), recipe=recipe, model=model)
+    found.layers, found.width = _shape(path, config)
     try:
         found.status = state_of(path) or "unknown"
     except Unreadable:
@@ -85,6 +94,7 @@ def summarize(path: Path) -> Summary:
         if found.saved_step and not log.exists():
             _log.warning("%s is missing: what the run logged is not known", log)
     found.step, found.bits_per_byte = values.get("step"), values.get("bits_per_byte")
+    found.tokens = values.get("tokens")
     found.loss = values.get("validation_loss", values.get("loss"))
     return found
 
@@ -95,6 +105,24 @@ def differing_settings(paths: list[Path]) -> list[str]:
     keys = {key: None for config in configs for key in config if key not in ("run_dir", "resume")}
     differ = [key for key in keys if any(config.get(key) != configs[0].get(key) for config in configs)]
     return [" ".join(f"{key}={config[key]}" for key in differ if key in config) for config in configs]
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    """Keys and values of a run's config, in one level: optimizer.lr."""
+    return dict(_flat(_config(path)))
+
+
+def _shape(path: Path, config: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Layers and width of a run's model: of its config, or where that takes the model of a checkpoint, of its own."""
+    model = config.get("model")
+    held = model if isinstance(model, dict) else {}
+    sizes = [held.get("num_layers"), held.get("embed_dim")]
+    if None in sizes and (step := next(reversed(manifest.steps(path / "checkpoints")), None)) is not None:
+        saved = _json(manifest.step_path(path / "checkpoints", step) / "config.json")
+        pairs = (("num_hidden_layers", "n_layer"), ("hidden_size", "n_embd"))
+        sizes = [next((saved[name] for name in names if name in saved), None) for names in pairs]
+    layers, width = (size if type(size) is int else None for size in sizes)
+    return layers, width
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -207,6 +235,11 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _newest_values(path: Path) -> dict[str, Any]:
     """The newest step, and the newest value of each metric that is shown."""
+    return newest_metrics(path, ("step", *_SHOWN))
+
+
+def newest_metrics(path: Path, names: Sequence[str] | None = None) -> dict[str, Any]:
+    """The newest value of each of these metrics; None: of all at the end of the file."""
     try:
         with path.open("rb") as file:
             begin = max(0, path.stat().st_size - _TAIL)
@@ -218,10 +251,10 @@ def _newest_values(path: Path) -> dict[str, Any]:
         data = data[data.find(b"\n") + 1 :]  # the first is half a line
     found: dict[str, Any] = {}
     for entry in reversed(metrics.parse(data, path)):
-        for name in ("step", *_SHOWN):
+        for name in names or entry:
             if entry.get(name) is not None:
                 found.setdefault(name, entry[name])
-        if all(name in found for name in _SHOWN):
+        if names and all(name in found for name in names):
             break
     return found
 

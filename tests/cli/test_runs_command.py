@@ -11,9 +11,12 @@ from in_process import begin_run, run, save_small
 
 from plmtune.cli import cli
 from plmtune.cli.checkpoints import _find
-from plmtune.cli.runs import reasons, table
+from plmtune.cli.runs_comparison import compared_table
+from plmtune.cli.runs_table import reasons, table
 from plmtune.errors import UserError
 from plmtune.io import manifest
+from plmtune.io.run_comparison import Score, read_rows, set_score
+from plmtune.io.run_directory import RunDirectory
 from plmtune.io.run_summary import differing_settings, find_runs, summarize
 from plmtune.io.signals import EXIT_STOPPED
 from plmtune.models.checkpoint_files import checkpoint_directory
@@ -103,6 +106,95 @@ class TestRuns:
         Path("empty").mkdir()
         code, _, err = run(monkeypatch, capsys, "runs", directory)
         assert code == 2 and part in err
+
+
+class TestComparing:
+    """Runs of a sweep: three shapes that finished, and one that was killed."""
+
+    @pytest.fixture
+    def sweep(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.chdir(tmp_path)
+        # Latent attention and a squared-ReLU FFN of bytes; the last one has no checkpoint.
+        config = (
+            "recipe: pretrain\ntokenizer: {component: byte}\nmodel: {component: plm, num_layers: %d, embed_dim: %d,"
+            " num_heads: 2, max_seq_len: 64}\n"
+        )
+        for number, (layers, width) in enumerate([(1, 64), (2, 48), (3, 32), (4, 32), (5, 16)]):
+            found = RunDirectory.create(Path("a" if number < 2 else "b") / str(number), config % (layers, width), ["x"])
+            found.update(parameters=1000 + number, num_steps=9)
+            found.metrics.write_text(
+                json.dumps({"step": 9, "tokens": 900, "validation_loss": 3 - layers / 8, "bits_per_byte": layers})
+                + "\n"
+            )
+            if number == 4:
+                found.close()
+            else:
+                with found:
+                    pass
+        return tmp_path
+
+    def test_shows_scores_speeds_and_correlations_and_writes_files(
+        self, sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        words = ("runs", "a", "b", "--device", "pi5", "--sort", "speed:desc")
+        code, out, _ = run(monkeypatch, capsys, *words, "--csv", "runs.csv", "--plot", "runs.png")
+        assert code == 0
+        assert "Predicted decode on Raspberry Pi 5, 8 GB: int4 in plmtune, 64 tokens of context" in out
+        lines = out.splitlines()
+        rows = [line.split() for line in lines if line.startswith(("a/", "b/"))]
+        assert [row[0] for row in rows] == ["a/0", "a/1", "b/2", "b/3", "b/4"]
+        assert rows[4][1] == "killed" and rows[1][2:5] == ["2", "x", "48"]
+        assert "4 finished runs. Left out: 1 run not finished." in out
+        assert ["model.num_layers", "-1.000", "4"] in [line.split() for line in lines]
+        assert ["predicted", "tokens/s", "+1.000", "4"] in [line.split() for line in lines]
+        assert "the fastest first: 1 x 64, 2 x 48, 3 x 32, 4 x 32" in out
+        assert len(Path("runs.csv").read_text().splitlines()) == 6
+        assert Path("runs.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_json_has_the_same(
+        self, sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        words = ("runs", "a", "b", "--score", "bits_per_byte", "--filter", "layers<=4", "--json")
+        code, out, _ = run(monkeypatch, capsys, *words)
+        found = json.loads(out)
+        assert code == 0 and found["score"] == {"key": "bits_per_byte", "lower_is_better": True}
+        assert [one["score"] for one in found["runs"]] == [1, 2, 3, 4]
+        assert found["runs"][1]["differing"] == {"model.num_layers": 2, "model.embed_dim": 48}
+        assert found["correlations"]["runs"] == 4 and found["device"] is None
+
+    @pytest.mark.parametrize("width", [60, 100])
+    def test_the_table_fits(self, sweep: Path, width: int) -> None:
+        rows = read_rows(find_runs(sweep))
+        set_score(rows, Score.parse("bits_per_byte"))
+        lines = compared_table(rows, Score.parse("bits_per_byte"), None)[0].lines(width)
+        assert all(len(line) <= max(width, len(str(sweep)) + 4) for line in lines)
+        assert "bits_per_byte" in " ".join(lines)
+
+    @pytest.mark.parametrize(
+        ("words", "says"),
+        [
+            (("--score", "bits_per_bite"), "Did you mean bits_per_byte?"),
+            (("--device", "pi6"), "There is no device pi6"),
+            (("--device", "pi5", "--scheme", "int9"), "no scheme int9"),
+            (("--device", "pi5", "--context", "999"), "takes 64 tokens at most"),
+            (("--scheme", "int8"), "--scheme counts with --device"),
+            (("--filter", "layers>9"), "it holds for none of 5 runs"),
+            (("--csv", "runs.txt"), "must be a .csv file"),
+            (("--plot", "runs.png", "--filter", "status=killed"), "no run is finished and has validation_loss"),
+        ],
+    )
+    def test_mistakes_are_sentences(
+        self,
+        sweep: Path,
+        words: tuple[str, ...],
+        says: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        before = sorted(sweep.iterdir())
+        code, _, err = run(monkeypatch, capsys, "runs", ".", *words)
+        assert code == 2 and says in err and "Traceback" not in err
+        assert sorted(sweep.iterdir()) == before
 
 
 class TestARunWithoutAModel:

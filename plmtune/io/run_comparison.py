@@ -1,0 +1,274 @@
+"""Runs as rows of values, to filter, sort and correlate them. No torch."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from plmtune.errors import UserError, did_you_mean
+from plmtune.io.atomic import write_atomically
+from plmtune.io.run_summary import Summary, config_of, newest_metrics, summarize
+
+SCORE, SPEED = "score", "speed"
+LAYERS, WIDTH, FFN = "model.num_layers", "model.embed_dim", "model.ffn.hidden_dim"
+FEWEST = 4  # runs of a correlation
+# Keys that say where a run is or how it began, not what it trains.
+_OWN = ("run_dir", "resume", "name", "recipe", "force", "allow_data_change")
+_LOWER_IS_BETTER = re.compile(r"loss|bits_per_byte|perplexity|\bppl\b|entropy|\bkl\b|nats")
+_FILTER = re.compile(r"\s*([^=<>!]+?)\s*(>=|<=|!=|=|>|<)\s*(.*?)\s*", re.DOTALL)
+_DRAWS = 20_000
+
+
+@dataclass
+class Row:
+    """One run.
+
+    Attributes:
+        config: its keys and values, in one level.
+        values: all that can be named: its summary, config and newest metrics, and what follows from them.
+    """
+
+    summary: Summary
+    config: dict[str, Any]
+    values: dict[str, Any]
+
+    @property
+    def score(self) -> float | None:
+        """A finite number, or None."""
+        return number(self.values.get(SCORE))
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is part of correlations and plots: it is finished and has a score."""
+        return self.summary.status == "finished" and self.score is not None
+
+    @property
+    def shape(self) -> str:
+        return self.summary.shape
+
+
+@dataclass(frozen=True)
+class Score:
+    """What runs are compared by."""
+
+    key: str
+    lower_is_better: bool
+
+    @classmethod
+    def parse(cls, text: str) -> Score:
+        """``KEY``, ``KEY:min`` or ``KEY:max``; a loss, bits a byte or a perplexity is better where it is lower."""
+        key, _, way = text.rpartition(":")
+        if way in ("min", "max"):
+            return cls(key, way == "min")
+        return cls(text, bool(_LOWER_IS_BETTER.search(text)))
+
+    @property
+    def shown(self) -> str:
+        return f"{self.key} ({'lower' if self.lower_is_better else 'higher'} is better)"
+
+
+def number(value: Any) -> float | None:
+    """A value as a finite number; None for others, also for true and false."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def read_rows(paths: Sequence[Path]) -> list[Row]:
+    """What the files of each run say; later sources win where names meet."""
+    rows = []
+    for path in paths:
+        summary, config = summarize(path), config_of(path)
+        values = {**config, **newest_metrics(path / "metrics.jsonl"), **asdict(summary), "run": summary.path}
+        hidden, width = number(config.get(FFN)), number(summary.width)
+        values["ffn_ratio"] = hidden / width if hidden and width else None
+        rows.append(Row(summary, config, {key: value for key, value in values.items() if value is not None}))
+    return rows
+
+
+def set_score(rows: Sequence[Row], score: Score) -> None:
+    """Give each row its score, and refuse a key that no run has."""
+    check_key(rows, score.key, "--score")
+    for row in rows:
+        found = number(row.values.get(score.key))
+        if found is not None:
+            row.values[SCORE] = found
+
+
+def check_key(rows: Sequence[Row], key: str, flag: str) -> None:
+    known = {name for row in rows for name in row.values}
+    if key not in known:
+        if key in (SPEED, SCORE):
+            raise UserError(f"{flag} {key}: no run has one here. Give --{'device' if key == SPEED else 'score'}.")
+        leaves = [name for name in sorted(known) if name.rpartition(".")[2] == key]
+        hint = f" Did you mean {leaves[0]}?" if leaves else did_you_mean(key, known)
+        if len(hint) > 400:
+            hint = " Keys are those of a config, such as model.num_layers, and those of metrics.jsonl."
+        raise UserError(f"{flag} {key}: no run has such a key or metric.{hint}")
+
+
+def keep(rows: Sequence[Row], text: str) -> list[Row]:
+    """The rows that a filter such as ``model.num_layers>=4`` or ``status=finished`` holds for."""
+    found = _FILTER.fullmatch(text)
+    if not found:
+        raise UserError(f"--filter {text!r:.200}: write KEY=VALUE, KEY!=VALUE, KEY>VALUE, KEY>=VALUE and so on.")
+    key, sign, wanted = found.groups()
+    check_key(rows, key, "--filter")
+    compared = _as_number(wanted)
+    if sign[0] in "<>" and compared is None:
+        raise UserError(f"--filter {text!r:.200}: {wanted!r:.80} is no number, which {sign} needs.")
+    return [row for row in rows if key in row.values and _holds(row.values[key], sign, wanted, compared)]
+
+
+def _holds(value: Any, sign: str, wanted: str, compared: float | None) -> bool:
+    own = number(value)
+    if sign in ("=", "!="):
+        same = own == compared if own is not None and compared is not None else _text(value) == wanted
+        return same == (sign == "=")
+    if own is None or compared is None:
+        return False
+    above, equal = own > compared, own == compared
+    return (above if sign[0] == ">" else not (above or equal)) or (equal and sign.endswith("="))
+
+
+def _as_number(text: str) -> float | None:
+    try:
+        return number(float(text))
+    except ValueError:
+        return None
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def sort(rows: Sequence[Row], text: str) -> list[Row]:
+    """Rows by a key, ``KEY`` or ``KEY:desc``: numbers, then texts, and last those without it."""
+    key, _, way = text.rpartition(":")
+    if way not in ("asc", "desc"):
+        key, way = text, "asc"
+    check_key(rows, key, "--sort")
+
+    def kind(row: Row) -> int:
+        return 2 if key not in row.values else 0 if number(row.values[key]) is not None else 1
+
+    def place(row: Row) -> tuple[float, str]:
+        value = row.values.get(key)
+        return (number(value) or 0.0, "" if number(value) is not None else _text(value))
+
+    return sorted(sorted(rows, key=place, reverse=way == "desc"), key=kind)
+
+
+def varied(rows: Sequence[Row]) -> list[str]:
+    """Keys of configs in which the runs differ."""
+    keys = {key: None for row in rows for key in row.config if key not in _OWN}
+    return [key for key in keys if any(row.config.get(key) != rows[0].config.get(key) for row in rows)]
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Spearman's rank correlation of a key with the score, over `count` runs."""
+
+    key: str
+    rho: float
+    count: int
+
+
+@dataclass
+class Correlations:
+    """Correlations of the runs that count.
+
+    Attributes:
+        runs: that count; averaged: groups of runs that differ in nothing but the seed, whose mean score is one value.
+        unfinished, without_score: runs that are left out.
+        no_numbers: keys that differ and are no numbers.
+    """
+
+    found: list[Correlation] = field(default_factory=list)
+    runs: int = 0
+    averaged: int = 0
+    unfinished: int = 0
+    without_score: int = 0
+    no_numbers: list[str] = field(default_factory=list)
+
+
+def correlate(rows: Sequence[Row], extra: Sequence[str] = ()) -> Correlations:
+    """Correlate each key that differs with the score, and what follows from the keys: parameters, ratio of the FFN.
+
+    Args:
+        extra: further keys of values, such as the predicted speed.
+    """
+    from scipy.stats import spearmanr  # its import takes a second
+
+    done = Correlations()
+    counted = [row for row in rows if row.counts]
+    done.unfinished = sum(row.summary.status != "finished" for row in rows)
+    done.without_score = len(rows) - len(counted) - done.unfinished
+    done.runs = len(counted)
+    if not counted:
+        return done
+    keys = [key for key in varied(counted) if key != "seed"]
+    groups: dict[str, list[Row]] = {}
+    for row in counted:
+        groups.setdefault(repr([row.config.get(key) for key in keys]), []).append(row)
+    done.averaged = len(groups) if len(groups) < len(counted) else 0
+    scores = [sum(row.score or 0.0 for row in group) / len(group) for group in groups.values()]
+    heads = [group[0] for group in groups.values()]
+    derived = [
+        *([] if LAYERS in keys else ["layers"]),
+        *([] if WIDTH in keys else ["width"]),
+        *("ffn_ratio", "parameters", "tokens"),
+        *extra,
+    ]
+    for key in [*keys, *derived]:
+        pairs = [(number(row.values.get(key)), score) for row, score in zip(heads, scores, strict=True)]
+        numbers = [(value, score) for value, score in pairs if value is not None]
+        if key in keys and not numbers:
+            done.no_numbers.append(key)
+        elif len(numbers) >= FEWEST and len({value for value, _ in numbers}) > 1:
+            rho = float(spearmanr(*zip(*numbers, strict=True)).statistic)
+            if math.isfinite(rho):  # of equal scores there is none
+                done.found.append(Correlation(key, rho, len(numbers)))
+    done.found.sort(key=lambda one: -abs(one.rho))
+    return done
+
+
+def by_chance(count: int) -> float | None:
+    """The absolute rank correlation that one key without effect exceeds in 5% of cases, by permutations."""
+    import numpy as np
+
+    if count < 5:  # of four orders are so few that even the best comes more often
+        return None
+    draws = np.random.default_rng(0).permuted(np.tile(np.arange(count, dtype=float), (_DRAWS, 1)), axis=1)
+    centred = np.arange(count) - (count - 1) / 2
+    rho = (draws - (count - 1) / 2) @ centred / (centred @ centred)
+    return float(np.quantile(np.abs(rho), 0.95))
+
+
+def front(rows: Sequence[Row], score: Score) -> list[Row]:
+    """The runs that count of which no other is as fast and as good and better in one; the fastest first."""
+    sign = 1 if score.lower_is_better else -1
+    known = [row for row in rows if row.counts and number(row.values.get(SPEED)) is not None]
+    best: list[Row] = []
+    for row in sorted(known, key=lambda one: (-one.values[SPEED], sign * one.values[SCORE])):
+        if not best or sign * row.values[SCORE] < sign * best[-1].values[SCORE]:
+            best.append(row)
+    return best
+
+
+def write_csv(rows: Sequence[Row], path: Path, score: Score) -> None:
+    """Write a line for each run: what its files say, its score and predicted speed, and the keys that differ."""
+    keys = [key for key in varied(rows) if key not in Summary.__dataclass_fields__]
+    columns = [*Summary.__dataclass_fields__, "ffn_ratio", SCORE, SPEED, *keys]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([score.key if key == SCORE and score.key not in columns else key for key in columns])
+    for row in rows:
+        writer.writerow(["" if row.values.get(key) is None else row.values[key] for key in columns])
+    write_atomically(path, text.getvalue(), user_error=True)
