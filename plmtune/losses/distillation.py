@@ -53,6 +53,32 @@ class TeacherTopK:
     num_rows: int | None = None
 
 
+class Buffers:
+    """Memory that one chunk after the other computes in; a system maps each new tensor of this size page by page."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, int, torch.dtype], Tensor] = {}
+
+    def like(self, name: str, shape: tuple[int, int], given: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """An empty tensor of a name, of another one's device and dtype; its numbers last until the next chunk."""
+        rows, columns = shape
+        key = (name, columns, dtype or given.dtype)
+        if key not in self._held or len(self._held[key]) < rows:
+            self._held[key] = torch.empty(shape, dtype=key[2], device=given.device)
+        return self._held[key][:rows]
+
+    def product(self, name: str, x: Tensor, weight: Tensor, soft_cap: float | None) -> tuple[Tensor, Tensor | None]:
+        """`capped` logits of hidden states x (Tensor), [c, d], in fp32."""
+        shape = (len(x), len(weight))
+        logits, slope = capped(torch.mm(x, weight.T, out=self.like(name, shape, x)), soft_cap)
+        if logits.dtype == torch.float32:
+            return logits, slope
+        return self.like(name, shape, x, torch.float32).copy_(logits), slope
+
+    def log_softmax(self, name: str, logits: Tensor) -> Tensor:
+        return torch.log_softmax(logits, 1, out=self.like(name, (logits.shape[0], logits.shape[1]), logits))
+
+
 class DistillationLoss(ABC):
     """Sum over tokens of cross_entropy_weight CE + (1 - cross_entropy_weight) T^2 D(p, q), in fp32.
 
@@ -108,22 +134,22 @@ class DistillationLoss(ABC):
         return loss
 
     def compare(
-        self, teacher: TeacherStates | TeacherTopK, part: slice, logits: Tensor, log_q: Tensor
+        self, teacher: TeacherStates | TeacherTopK, part: slice, logits: Tensor, log_q: Tensor, buffers: Buffers
     ) -> tuple[Tensor, Tensor]:
         """Return T^2 D of the tokens `part`, [c], and the gradient of the weighted loss by the student's logits.
 
         The gradient, [c, v], lacks the target's -1 of CE.
 
         Args:
-            logits, log_q: the student's, and their log_softmax, [c, v]; the second may be written over.
+            logits, log_q: the student's, and their log_softmax, [c, v]; both may be written over.
         """
         assert isinstance(teacher, TeacherStates)
         temperature, share = self.temperature, self.cross_entropy_weight
-        log_p = self._log_p(teacher, part, logits.shape[1])
-        rows = log_p.shape[1]
-        by_ce = log_q.exp().mul_(share) if share else None
+        rows = min(logits.shape[1], len(teacher.weight))  # of equal tokenizers; one projection may be padded further
+        by_ce = self._share_of(log_q, buffers)
         if temperature != 1 or rows < logits.shape[1]:
-            log_q = torch.log_softmax(logits[:, :rows] / temperature, dim=1)
+            log_q = buffers.log_softmax("log_q", logits[:, :rows].div_(temperature))
+        log_p = self._log_p(teacher, part, rows, buffers)
         value, grad = self.divergence(log_p, log_q)
         value.mul_(temperature**2)
         factor = (1 - share) * temperature  # T^2 / T
@@ -133,12 +159,18 @@ class DistillationLoss(ABC):
         grad = grad if factor == 1 else grad.mul_(factor)
         return value, grad if rows == logits.shape[1] else F.pad(grad, (0, logits.shape[1] - rows))
 
-    def _log_p(self, teacher: TeacherStates, part: slice, num_rows: int) -> Tensor:
-        """The teacher's log_softmax at T over its rows among `num_rows`, [c, rows]."""
-        rows = min(num_rows, len(teacher.weight))  # of equal tokenizers; one projection may be padded further
+    def _share_of(self, log_q: Tensor, buffers: Buffers) -> Tensor | None:
+        """cross_entropy_weight q; None where that is 0."""
+        if not self.cross_entropy_weight:
+            return None
+        by_ce = torch.exp(log_q, out=buffers.like("by_ce", (log_q.shape[0], log_q.shape[1]), log_q))
+        return by_ce.mul_(self.cross_entropy_weight)
+
+    def _log_p(self, teacher: TeacherStates, part: slice, rows: int, buffers: Buffers) -> Tensor:
+        """The teacher's log_softmax at T over its first rows, [c, rows]. The student's logits are gone after it."""
         weight = teacher.weight[:rows].to(teacher.hidden.dtype)
-        theirs = capped(teacher.hidden[part] @ weight.T, teacher.soft_cap)[0].float()
-        return torch.log_softmax(theirs if self.temperature == 1 else theirs.div_(self.temperature), dim=1)
+        theirs, _ = buffers.product("logits", teacher.hidden[part], weight, teacher.soft_cap)
+        return buffers.log_softmax("log_p", theirs if self.temperature == 1 else theirs.div_(self.temperature))
 
     @abstractmethod
     def divergence(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,19 +202,19 @@ class ForwardKL(DistillationLoss):
     takes_top_k: ClassVar[bool] = True
 
     def compare(
-        self, teacher: TeacherStates | TeacherTopK, part: slice, logits: Tensor, log_q: Tensor
+        self, teacher: TeacherStates | TeacherTopK, part: slice, logits: Tensor, log_q: Tensor, buffers: Buffers
     ) -> tuple[Tensor, Tensor]:
         share = self.cross_entropy_weight
         if isinstance(teacher, TeacherStates):
             if self.temperature != 1 or len(teacher.weight) < logits.shape[1]:
-                return super().compare(teacher, part, logits, log_q)
+                return super().compare(teacher, part, logits, log_q, buffers)
             # share q + (1 - share) (q - p), with one exponential of the student's
-            log_p = self._log_p(teacher, part, logits.shape[1])
-            p = log_p.exp()
+            log_p = self._log_p(teacher, part, logits.shape[1], buffers)
+            p = torch.exp(log_p, out=buffers.like("logits", (log_p.shape[0], log_p.shape[1]), log_p))
             value = log_p.sub_(log_q).mul_(p).sum(dim=1)
             return value, log_q.exp_().sub_(p, alpha=1 - share)
         ids, log_p = teacher.ids[part], teacher.log_probs[part].float()
-        by_ce = log_q.exp().mul_(share) if share else None
+        by_ce = self._share_of(log_q, buffers)
         unshared = 0 if teacher.num_rows is None else max(0, logits.shape[1] - teacher.num_rows)
         if unshared:
             log_q = torch.log_softmax(logits[:, : teacher.num_rows], dim=1)
@@ -282,6 +314,7 @@ class ChunkedDistillation(torch.autograd.Function):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         share, w = loss.cross_entropy_weight, weight.to(hidden.dtype)
         terms = hidden.new_zeros(2, dtype=torch.float32)
+        buffers = Buffers()
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         for start in range(0, len(targets), loss.chunk_rows):
@@ -289,11 +322,10 @@ class ChunkedDistillation(torch.autograd.Function):
             x, target = hidden[part], targets[part, None]
             valid = target != IGNORE  # [c, 1]
             target = target.where(valid, 0)
-            logits, slope = capped(x @ w.T, soft_cap)  # [c, v]
-            logits = logits.float()
-            log_q = torch.log_softmax(logits, dim=1)
+            logits, slope = buffers.product("logits", x, w, soft_cap)  # [c, v]
+            log_q = buffers.log_softmax("log_q", logits)
             terms[0] -= log_q.gather(1, target).where(valid, 0).sum()
-            value, grad = loss.compare(teacher, part, logits, log_q)
+            value, grad = loss.compare(teacher, part, logits, log_q, buffers)
             del logits, log_q
             terms[1] += value.where(valid[:, 0], 0).sum()
             if grad_hidden is None and grad_weight is None:
@@ -307,7 +339,7 @@ class ChunkedDistillation(torch.autograd.Function):
             if grad_weight is not None and grad.dtype == torch.float32:
                 grad_weight.addmm_(grad.T, x)
             elif grad_weight is not None:
-                grad_weight += grad.T @ x
+                grad_weight += torch.mm(grad.T, x, out=buffers.like("weight", (len(w), x.shape[1]), x))
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(terms)
