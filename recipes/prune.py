@@ -165,7 +165,9 @@ class Prune:
             echo(f"text: {text.description}; {used}")
         before = self.mean_loss(self.model, "before pruning")
         small, cut = self.choose()
-        after = self.mean_loss(small.to(self.dtype), "after pruning")
+        # The numbers that are saved, in the arithmetic of the loss before.
+        after = self.mean_loss(small.to(self.dtype).float(), "after pruning")
+        small.to(self.dtype)
         inputs.tokenizer.save(self.run.path)
         save_model(small, None, self.run.path)
         report = Report(

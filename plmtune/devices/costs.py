@@ -183,7 +183,7 @@ def _attention(layer: Any) -> Attention:
     if len(module.cache_shapes()) == 1:
         # Scores over the latent and the rope key, then a sum of latents, for each head (absorbed decoding).
         decode = 2 * heads * (kept + module.kv_lora_rank)
-        gated = hasattr(layer.ffn, "gate_proj")  # so it is of the architecture deepseek2
+        gated = getattr(layer.ffn, "gate_proj", None) is not None  # so it is of the architecture deepseek2
         return Attention("latent", kept, kept if gated else expanded, decode, prompt, heads, absorbed=gated)
     return Attention("heads", kept, expanded, prompt, prompt, heads, getattr(module, "window", None))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,14 +115,29 @@ def merge_models(
 
 
 def _check_shape(directory: Path, model: Decoder, first: Path, expected: Decoder) -> None:
-    if model.computation() == expected.computation():
-        return
     ours, theirs = _shapes(model), _shapes(expected)
     for name in (*theirs, *ours):
         if ours.get(name) != theirs.get(name):
             there, here = (f"{list(s[name])}" if name in s else "absent" for s in (theirs, ours))
             raise UserError(f"{directory}: {name} is {here}, and in {first} {there}. Only models of one shape merge.")
-    raise UserError(f"{directory} computes otherwise than {first}: their config.json differ in more than the context.")
+    ours, theirs = _settings(model.config), _settings(expected.config)
+    for key in (*theirs, *ours):
+        if ours.get(key) != theirs.get(key):
+            raise UserError(
+                f"{directory} computes otherwise than {first}: {key} is {ours.get(key)}, and there {theirs.get(key)}. "
+                "Merge models that were trained from one base."
+            )
+
+
+def _settings(config: Mapping[str, Any], prefix: str = "model.") -> dict[str, Any]:
+    """The settings that decide what a model computes, by their keys."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            found |= _settings(value, f"{prefix}{key}.")
+        elif prefix + key not in ("model.max_seq_len", "model.init_std"):
+            found[prefix + key] = value
+    return found
 
 
 def _shapes(model: Decoder) -> Mapping[str, torch.Size]:

@@ -209,17 +209,23 @@ def _fold_scales(old: Decoder, new: Decoder, cut: Cut, state: dict[str, Tensor])
         factor = cast(Any, old.layers[number]).residual_scale / cast(Any, new.layers[index]).residual_scale
         if factor == 1:
             continue
-        for last, post in (("attention.o_proj", "post_attention_norm"), ("ffn.down_proj", "post_ffn_norm")):
-            if getattr(new.layers[index], post) is not None:
-                scale_norm(f"layers.{index}.{post}", factor)
+        added = {
+            "attention": ("o_proj.weight", "o_proj.bias", "shortcut.up"),
+            "ffn": ("down_proj.weight", "down_proj.bias"),
+        }
+        for part, last in added.items():
+            if getattr(new.layers[index], f"post_{part}_norm") is not None:
+                scale_norm(f"layers.{index}.post_{part}_norm", factor)
                 continue
-            for key in ("weight", "bias"):
-                if (name := f"layers.{index}.{last}.{key}") in state:
+            for key in last:
+                if (name := f"layers.{index}.{part}.{key}") in state:
                     state[name] *= factor
 
 
 def _refuse_other_layers(old: Decoder, new: Decoder, cut: Cut) -> None:
     """Refuse a model whose layers compute otherwise than those that stay."""
+    if old.query_embeddings is not None and cut.layers[-1] != len(old.layers) - 1:
+        raise UserError("the query layer, the last one, must stay: choose layers by depth.importance=skip, or keep it.")
     before, after = old.computation(), new.computation()
     for index, number in enumerate(cut.layers):
         names = [name for name in before if f"{name}.".startswith(f"layers.{number}.")]

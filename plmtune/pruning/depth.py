@@ -37,7 +37,8 @@ def rises_without(
     """
     count = len(model.layers)
     found = {} if found is None else found
-    runs = [(first, n) for n in range(1, min(longest, count) + 1) for first in range(count - n + 1)]
+    removable = count if model.query_embeddings is None else count - 1  # the query layer stays
+    runs = [(first, n) for n in range(1, min(longest, removable) + 1) for first in range(removable - n + 1)]
     runs = [run for run in runs if run not in found]
     inputs = [_inputs(model, ids) for ids in batches]
     tokens = sum(ids[:, 1:].numel() for ids in batches)
@@ -61,7 +62,7 @@ def block_influence(model: Decoder, batches: Iterable[Tensor]) -> list[float]:
 
 
 def layers_by_rises(rises: Mapping[Run, float], num_layers: int, keep: int) -> tuple[int, ...]:
-    """The layers that stay, where the runs that go have the least sum of rises.
+    """The layers that stay, where the runs that go have the least sum of rises. A layer that is in no run stays.
 
     Two runs touch only where fewer layers would go otherwise: what they lose together is measured for no such pair.
     """
@@ -80,6 +81,7 @@ def layers_by_rises(rises: Mapping[Run, float], num_layers: int, keep: int) -> t
                         options += [
                             ((at + n, dropped + n, True), (cost + rises[at, n], kept))
                             for n in range(1, min(longest, num_layers - at) + 1)
+                            if (at, n) in rises
                         ]
                     for state, found in options:
                         if state not in best or found < best[state]:

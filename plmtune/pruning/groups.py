@@ -104,7 +104,7 @@ def groups_of(model: Decoder) -> dict[str, Group]:
             if getattr(layer, name) is not None:
                 norms.append(prefix + name)
     norms.append("norm")
-    for name in ("tok_embeddings", "pos_embeddings", "output", "score"):
+    for name in ("tok_embeddings", "pos_embeddings", "query_embeddings", "output", "score"):
         if getattr(model, name, None) is not None:
             channels.append(Part(f"{name}.weight", 1))
     channels += _of_norms(model, norms)
@@ -161,7 +161,7 @@ def _of_attention(attention: nn.Module, prefix: str, layer: int, channels: list[
 
 
 def _of_ffn(ffn: nn.Module, prefix: str, layer: int, channels: list[Part]) -> list[Group]:
-    names = [name for name in ("gate_proj", "up_proj") if hasattr(ffn, name)]
+    names = [name for name in ("gate_proj", "up_proj") if getattr(ffn, name, None) is not None]
     if "up_proj" not in names or not hasattr(ffn, "down_proj"):
         raise _unknown(ffn, prefix)
     down: Any = ffn.down_proj

@@ -63,6 +63,8 @@ def masked(model: Decoder, masks: Callable[[], Mapping[str, Tensor]]) -> Iterato
     with ExitStack() as stack:
         stack.callback(model.register_forward_pre_hook(begin, with_kwargs=True).remove)
         stack.callback(model.layers[0].register_forward_pre_hook(mask_input((CHANNELS,), model.embed_dim)).remove)
+        if model.query_embeddings is not None:
+            stack.callback(model.query_embeddings.register_forward_hook(mask_channels).remove)
         for group in groups.values():
             for name in group.norms:
                 stack.callback(model.get_submodule(name).register_forward_hook(mask_norm(group.name)).remove)

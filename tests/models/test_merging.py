@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,10 +24,11 @@ def drawn(count: int, shape: tuple[int, ...] = (3, 5)) -> list[Tensor]:
     return [torch.randn(shape, generator=generator) for _ in range(count)]
 
 
-def model(directory: Path, seed: int = 1, *, hidden_dim: int = 40, rope_theta: float = 1e4) -> Path:
+def model(directory: Path, seed: int = 1, *, hidden_dim: int = 40, rope_theta: float = 1e4, **sizes: Any) -> Path:
     attention = component("attention", "gqa", num_kv_heads=2, rope_theta=rope_theta)
     ffn = component("ffn", "swiglu", hidden_dim=hidden_dim)
-    made = llama(257, attention=attention, ffn=ffn, embed_dim=24, num_layers=2, num_heads=4, max_seq_len=32)
+    sizes = {"embed_dim": 24, "num_layers": 2, "num_heads": 4, "max_seq_len": 32} | sizes
+    made = llama(257, attention=attention, ffn=ffn, **sizes)
     made.init_weights(torch.Generator().manual_seed(seed))
     save_model(made, None, directory)
     byte().save(directory)
@@ -99,8 +101,12 @@ class TestMergeModels:
 
     def test_another_computation_of_the_same_shapes_is_refused(self, pair: list[Path], tmp_path: Path) -> None:
         other = model(tmp_path / "other", rope_theta=500.0)
-        with pytest.raises(UserError, match="computes otherwise"):
+        with pytest.raises(UserError, match=r"model\.attention\.rope_theta is 500\.0, and there 10000\.0\. Merge"):
             merging.merge_models([pair[0], other], merging.average, [1, 1])
+
+    def test_another_context_or_initial_deviation_changes_nothing(self, pair: list[Path], tmp_path: Path) -> None:
+        other = model(tmp_path / "other", max_seq_len=64, init_std=0.5)
+        assert merging.merge_models([pair[0], other], merging.average, [1, 1]).max_seq_len == 32
 
     def test_another_tokenizer_is_refused(self, pair: list[Path]) -> None:
         train_bpe(["some text"], 260).save(pair[1])

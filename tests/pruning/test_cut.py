@@ -17,9 +17,11 @@ from plmtune.models.adapters import load_model
 from plmtune.models.hf import save_model
 from plmtune.models.llama import llama
 from plmtune.models.minicpm import minicpm
+from plmtune.models.pangu_alpha import pangu_alpha
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.pruning.cut import Cut, apply_cut
+from plmtune.pruning.depth import layers_by_rises, rises_without
 from plmtune.pruning.groups import CHANNELS, groups_of
 from plmtune.pruning.masked import masked
 from plmtune.registry import component
@@ -62,12 +64,24 @@ def _latent_shortcuts() -> Decoder:
     return _made(plm, attention=mla, ffn=component("ffn", "squared_relu", hidden_dim=72))
 
 
+def _scaled_shortcuts() -> Decoder:
+    gqa = component("attention", "gqa", num_kv_heads=2, shortcut=component("shortcut", "augmented", reduction=24))
+    return _made(minicpm, attention=gqa, ffn=component("ffn", "siaf", hidden_dim=72, base="gelu"), base_dim=10)
+
+
+def _query_layer() -> Decoder:
+    gqa = component("attention", "gqa", num_kv_heads=6, rope=False, bias=True)
+    return _made(pangu_alpha, attention=gqa, ffn=component("ffn", "gelu", hidden_dim=72))
+
+
 BUILT = {
     "plm": _plm,
     "minicpm": _minicpm,
     "value embeddings": _value_embeddings,
     "shortcuts": _shortcuts,
     "MLA with shortcuts": _latent_shortcuts,
+    "scaled shortcuts": _scaled_shortcuts,
+    "query layer": _query_layer,
 }
 NAMES = [*FAMILIES, *BUILT]
 
@@ -251,3 +265,14 @@ class TestUnknownParts:
         model.layers[2].attention = torch.nn.Identity()
         with pytest.raises(UserError, match=r"layers.2.attention is a Identity: which of its parameters"):
             groups_of(model)
+
+
+class TestQueryLayer:
+    def test_it_is_not_cut(self) -> None:
+        with pytest.raises(UserError, match="the query layer, the last one, must stay"):
+            apply_cut(_query_layer(), Cut((0, 1, 2), {}))
+
+    def test_no_run_of_layers_that_may_be_skipped_holds_it(self) -> None:
+        rises = rises_without(_query_layer(), [IDS], 2)
+        assert set(rises) == {(0, 1), (1, 1), (2, 1), (0, 2), (1, 2)}
+        assert layers_by_rises(rises, 4, 1) == (3,)
