@@ -264,18 +264,25 @@ def find_teacher(
         )
     directory = init_checkpoint_directory(name, weights=False)
     kept = None
-    if tokenizer is not None and tokenizer.fingerprint != (
-        theirs := adapters.load_model_tokenizer(directory).fingerprint
-    ):
-        kept = next((torch.tensor(one.ids) for one in tokenizer.kept if one.original == theirs), None)
+    theirs = None if tokenizer is None else adapters.load_model_tokenizer(directory)
+    if tokenizer is not None and theirs is not None and tokenizer.fingerprint != theirs.fingerprint:
+        kept = next((torch.tensor(one.ids) for one in tokenizer.kept if one.original == theirs.fingerprint), None)
         if kept is None:
             raise UserError(
-                f"distillation.teacher={name}: its tokenizer differs from this run's, so their tokens cannot be "
-                f"compared. Train with the teacher's (tokenizer=file tokenizer.path={directory}), or with one that was "
+                f"distillation.teacher={name}: its tokenizer ({theirs.num_tokens:,} tokens) differs from this run's "
+                f"({tokenizer.num_tokens:,}), so their tokens cannot be compared. Train with the teacher's "
+                f"(tokenizer=file tokenizer.path={directory}), or with one that was "
                 "compressed from it (plmtune tokenizer compress)."
             )
     config = adapters.read_model_config(directory)
     model = meta_model(config, str(directory))
+    if theirs is not None and theirs.num_tokens > model.vocab_size:
+        raise UserError(
+            f"distillation.teacher={name}: it has {model.vocab_size:,} rows for the {theirs.num_tokens:,} tokens of "
+            "its tokenizer. Take both from one model."
+        )
+    if settings.top_k is not None:
+        _check_cache(Path(settings.cache))
     if seq_len > model.max_seq_len:
         raise UserError(
             f"distillation.teacher={name}: it reads {model.max_seq_len} tokens at once, and seq_len is {seq_len}. "
@@ -292,6 +299,13 @@ def find_teacher(
     if student is not None and settings.layers:
         _check_layers(settings, student, model)
     return Teacher(directory, model, num_rows, settings, loss, kept)
+
+
+def _check_cache(place: Path) -> None:
+    """Refuse a cache that cannot be a folder, before anything is computed."""
+    there = next((path for path in (place, *place.parents) if path.exists() or path.is_symlink()), place)
+    if there.exists() and not there.is_dir():
+        raise UserError(f"key distillation.cache: {there} is a file, and the cache is a folder. Name another place.")
 
 
 def quantized_formats(model: Decoder, settings: DistillationConfig) -> dict[str, Format]:

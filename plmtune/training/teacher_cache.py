@@ -1,9 +1,9 @@
 """A teacher's most likely tokens on disk, so that training needs its weights once, and later runs not at all.
 
 A directory holds parts: PART.bin, records one after the other, and PART.json, checksummed, written last, with the
-former's length and checksum, and for each row of training data its digest and its number of records. A record is a
-token that counts: k log-probabilities and that of all other tokens together, in fp16, the lower 16 bits of k ids, and
-their higher bits, packed.
+former's length and checksum, the directory's name, which is the teacher's key, and for each row of training data its
+digest and its number of records. A record is a token that counts: k log-probabilities and that of all other tokens
+together, in fp16, the lower 16 bits of k ids, and their higher bits, packed.
 """
 
 from __future__ import annotations
@@ -103,6 +103,8 @@ class TeacherCache:
 
     def _open(self, part: Path, document: dict[str, Any]) -> None:
         rows, file, size = document["rows"], document["file"], part.stat().st_size
+        if (key := document.get("teacher", self.directory.name)) != self.directory.name:  # earlier files lack it
+            raise ValueError(f"it is of another teacher or other settings ({key!s:.40}), and lies in the wrong folder")
         counts = [int(count) for _, count in rows]
         if size != sum(counts) * self.record_bytes or size != file["bytes"]:
             raise ValueError(f"{part.name} has {size:,} bytes instead of {file['bytes']}")
@@ -147,7 +149,9 @@ class TeacherCache:
             self.directory.mkdir(parents=True, exist_ok=True)
             with atomic_write(part) as temporary:
                 data.tofile(temporary)
-            checksummed_json.save(part.with_suffix(".json"), {"file": file, "rows": rows})
+            checksummed_json.save(
+                part.with_suffix(".json"), {"teacher": self.directory.name, "file": file, "rows": rows}
+            )
         except OSError as error:
             raise UserError(
                 f"The teacher's log-probabilities cannot be kept: {error}. See distillation.cache."

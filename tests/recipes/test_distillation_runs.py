@@ -11,6 +11,7 @@ from cli_runs import SMALL, ends_with, metrics, nothing_beside, refusal, start, 
 from group import in_group
 from safetensors.torch import load_file, save_file
 from test_resuming import plmtune
+from tiny_models import tiny_llama
 
 from plmtune.errors import UserError
 from plmtune.models.hf import load_model, save_model
@@ -150,7 +151,13 @@ class TestBadInput:
 
     def test_a_teacher_of_another_tokenizer(self, place: Path, whole: Path) -> None:
         said = refusal(*DISTIL, f"distillation.teacher={whole}", "tokenizer=bundled")
-        assert "its tokenizer differs" in said and "tokenizer=file" in said
+        assert "its tokenizer (257 tokens) differs from this run's (4,096)" in said and "tokenizer=file" in said
+
+    def test_a_teacher_with_fewer_rows_than_its_tokenizer_has_tokens(self, place: Path, whole: Path) -> None:
+        save_model(tiny_llama(200), None, place / "short")
+        load_tokenizer(next(whole.glob("checkpoints/step-00000012"))).save(place / "short")
+        said = refusal(*DISTIL, "distillation.teacher=short")
+        assert "it has 200 rows for the 257 tokens of its tokenizer" in said
 
     def test_a_teacher_that_is_quantized_on_disk(self, place: Path, whole: Path) -> None:
         model = load_model(next(whole.glob("checkpoints/step-00000012")))
@@ -261,6 +268,10 @@ class TestTopK:
         [
             (["loss=reverse_kl"], "whole distribution"),
             (["distillation.top_k=300"], "exceeds the vocabulary"),
+            (
+                ["loss=forward_kl", "distillation.cache=corpus/00.txt/cache"],
+                "00.txt is a file, and the cache is a folder",
+            ),
             (["distillation.teacher=null", "loss=cross_entropy"], "there is no teacher"),
         ],
     )

@@ -104,6 +104,15 @@ class TestTeacherCache:
         assert "cannot be used" in line and found.refresh() == []
         assert row_digest(row(0)) not in found
 
+    def test_a_part_of_another_teacher_is_not_read(self, tmp_path: Path) -> None:
+        cache = TeacherCache(tmp_path / "one", 4, 300)
+        cache.add(row_digest(row(0)), drawn(6, 4, 300))
+        cache.flush()
+        (tmp_path / "one").rename(tmp_path / "two")
+        found = TeacherCache(tmp_path / "two", 4, 300)
+        assert "of another teacher or other settings (one)" in found.refresh()[0]
+        assert row_digest(row(0)) not in found
+
     def test_what_is_not_flushed_is_not_there(self, tmp_path: Path) -> None:
         cache = TeacherCache(tmp_path, 4, 300)
         cache.add(row_digest(row(0)), drawn(6, 4, 300))
