@@ -75,7 +75,7 @@ def runs(
     compares = any(one is not None for one in (score, device, csv_path, plot))
     rows = read_rows([*paths.values()])
     wanted = Score.parse(score or "validation_loss")
-    if compares:
+    if compares and (score is not None or any(wanted.key in row.values for row in rows)):
         set_score(rows, wanted)
     speeds = None
     if device is not None or plot is not None:

@@ -22,6 +22,7 @@ from plmtune.io.run_comparison import (
     by_chance,
     correlate,
     front,
+    groups,
     number,
     varied,
 )
@@ -157,8 +158,8 @@ def show_comparison(rows: Sequence[Row], score: Score, speeds: Speeds | None) ->
     if speeds is not None and speeds.unknown:
         path, why = next(iter(speeds.unknown.items()))
         show(f"Without a predicted speed: {show_number_of(len(speeds.unknown), 'run')}. {path}: {why}")
-    if speeds is not None and (best := front(rows, score)):
-        names = ", ".join(row.shape or row.summary.path for row in best)
+    if speeds is not None and (best := front(groups(rows), score)):
+        names = ", ".join(group.name for group in best)
         show(f"Pareto front of {score.key} and speed, the fastest first: {names}")
     show("", *_correlations(correlate(rows, [SPEED] if speeds else []), score))
 
@@ -196,7 +197,7 @@ def _correlations(found: Correlations, score: Score) -> list[Table | str]:
 
 def as_json(rows: Sequence[Row], score: Score, speeds: Speeds | None) -> dict[str, Any]:
     """What `show_comparison` prints, as plain data."""
-    best = {id(row) for row in front(rows, score)}
+    best = {id(row) for group in front(groups(rows), score) for row in group.rows}
     found = correlate(rows, [SPEED] if speeds else [])
     keys = varied(rows)
     return {

@@ -166,9 +166,45 @@ def sort(rows: Sequence[Row], text: str) -> list[Row]:
 
 
 def varied(rows: Sequence[Row]) -> list[str]:
-    """Keys of configs in which the runs differ."""
-    keys = {key: None for row in rows for key in row.config if key not in _OWN}
-    return [key for key in keys if any(row.config.get(key) != rows[0].config.get(key) for row in rows)]
+    """Keys of configs with several values. A run that has no such key, as one of an earlier version, does not count."""
+    values: dict[str, set[str]] = {}
+    for row in rows:
+        for key, value in row.config.items():
+            values.setdefault(key, set()).add(repr(value))
+    return [key for key, found in values.items() if len(found) > 1 and key not in _OWN]
+
+
+@dataclass
+class Group:
+    """Finished runs with a score that differ in the seed alone, one value of a comparison."""
+
+    rows: list[Row]
+
+    @property
+    def scores(self) -> list[float]:
+        return [row.score for row in self.rows if row.score is not None]
+
+    @property
+    def score(self) -> float:
+        return sum(self.scores) / len(self.scores)
+
+    @property
+    def speed(self) -> float | None:
+        return number(self.rows[0].values.get(SPEED))
+
+    @property
+    def name(self) -> str:
+        return self.rows[0].shape or Path(self.rows[0].summary.path).name
+
+
+def groups(rows: Sequence[Row]) -> list[Group]:
+    """The runs that count, those together that differ in the seed alone."""
+    counted = [row for row in rows if row.counts]
+    keys = [key for key in varied(counted) if key != "seed"]
+    found: dict[str, Group] = {}
+    for row in counted:
+        found.setdefault(repr([row.config.get(key) for key in keys]), Group([])).rows.append(row)
+    return [*found.values()]
 
 
 @dataclass(frozen=True)
@@ -185,7 +221,8 @@ class Correlations:
     """Correlations of the runs that count.
 
     Attributes:
-        runs: that count; averaged: groups of runs that differ in nothing but the seed, whose mean score is one value.
+        runs: that count.
+        averaged: groups of runs that differ in the seed alone, whose mean score is one value; 0: each run is one.
         unfinished, without_score: runs that are left out.
         no_numbers: keys that differ and are no numbers.
     """
@@ -214,12 +251,8 @@ def correlate(rows: Sequence[Row], extra: Sequence[str] = ()) -> Correlations:
     if not counted:
         return done
     keys = [key for key in varied(counted) if key != "seed"]
-    groups: dict[str, list[Row]] = {}
-    for row in counted:
-        groups.setdefault(repr([row.config.get(key) for key in keys]), []).append(row)
-    done.averaged = len(groups) if len(groups) < len(counted) else 0
-    scores = [sum(row.score or 0.0 for row in group) / len(group) for group in groups.values()]
-    heads = [group[0] for group in groups.values()]
+    grouped = groups(rows)
+    done.averaged = len(grouped) if len(grouped) < len(counted) else 0
     derived = [
         *([] if LAYERS in keys else ["layers"]),
         *([] if WIDTH in keys else ["width"]),
@@ -227,7 +260,7 @@ def correlate(rows: Sequence[Row], extra: Sequence[str] = ()) -> Correlations:
         *extra,
     ]
     for key in [*keys, *derived]:
-        pairs = [(number(row.values.get(key)), score) for row, score in zip(heads, scores, strict=True)]
+        pairs = [(number(group.rows[0].values.get(key)), group.score) for group in grouped]
         numbers = [(value, score) for value, score in pairs if value is not None]
         if key in keys and not numbers:
             done.no_numbers.append(key)
@@ -251,14 +284,13 @@ def by_chance(count: int) -> float | None:
     return float(np.quantile(np.abs(rho), 0.95))
 
 
-def front(rows: Sequence[Row], score: Score) -> list[Row]:
-    """The runs that count of which no other is as fast and as good and better in one; the fastest first."""
+def front(found: Sequence[Group], score: Score) -> list[Group]:
+    """The groups of which no other is as fast and as good and better in one; the fastest first."""
     sign = 1 if score.lower_is_better else -1
-    known = [row for row in rows if row.counts and number(row.values.get(SPEED)) is not None]
-    best: list[Row] = []
-    for row in sorted(known, key=lambda one: (-one.values[SPEED], sign * one.values[SCORE])):
-        if not best or sign * row.values[SCORE] < sign * best[-1].values[SCORE]:
-            best.append(row)
+    best: list[Group] = []
+    for group in sorted(found, key=lambda one: (-(one.speed or 0.0), sign * one.score)):
+        if group.speed is not None and (not best or sign * group.score < sign * best[-1].score):
+            best.append(group)
     return best
 
 

@@ -162,6 +162,14 @@ class TestComparing:
         assert found["runs"][1]["differing"] == {"model.num_layers": 2, "model.embed_dim": 48}
         assert found["correlations"]["runs"] == 4 and found["device"] is None
 
+    def test_without_a_validation_speeds_are_shown_all_the_same(
+        self, sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for path in sweep.glob("*/*/metrics.jsonl"):
+            path.write_text('{"step": 9, "loss": 1.0}\n')
+        code, out, _ = run(monkeypatch, capsys, "runs", "a", "--device", "pi5")
+        assert code == 0 and "No rank correlations with validation_loss: 0 runs finished with a score" in out
+
     @pytest.mark.parametrize("width", [60, 100])
     def test_the_table_fits(self, sweep: Path, width: int) -> None:
         rows = read_rows(find_runs(sweep))

@@ -9,19 +9,24 @@ from typing import Any
 
 import pytest
 
+from plmtune.devices.equal_shapes import Shape
 from plmtune.devices.measure import Measurement
 from plmtune.devices.measure_plot import draw as draw_bench
-from plmtune.devices.pareto import draw_front, draw_speeds
+from plmtune.devices.pareto import draw_front, draw_shapes, draw_speeds
 from plmtune.devices.predict import Prediction
 from plmtune.devices.sweep import Point
 from plmtune.evaluation.comparison import compare
 from plmtune.evaluation.comparison_plot import draw as draw_comparison
 from plmtune.io.figures import annotate, look, new_figure, panels_of, point_boxes, read_ticks, shown_labels, widen
 from plmtune.io.metrics import MetricsFile
+from plmtune.io.run_comparison import Row, Score
+from plmtune.io.run_plot import draw_runs
+from plmtune.io.run_summary import Summary
 from plmtune.quantization.mixes import propose
 from plmtune.quantization.sensitivity import Sensitivities, Sensitivity
 from plmtune.quantization.sensitivity_plot import Measured
 from plmtune.quantization.sensitivity_plot import draw as draw_sensitivity
+from plmtune.registry import component
 from plmtune.training.plot import draw_curves
 
 
@@ -146,6 +151,27 @@ def front(count: int) -> Draw:
     return lambda path: draw_front(points, path, "a sweep")
 
 
+def shapes(count: int) -> Draw:
+    made = [
+        Shape({"num_layers": i + 1, "embed_dim": 960 // (i + 1)}, component("model", "plm"), 1, 1) for i in range(count)
+    ]
+    found = [prediction(2**28, 6000 / (2 + i)) for i in range(count)]
+    return lambda path: draw_shapes(made, found, path, "shapes")
+
+
+def runs(count: int) -> Draw:
+    rng = random.Random(2)
+    rows = [
+        Row(
+            Summary(f"runs/{i}", layers=i + 1, width=64 * (1 + i % 7), status="finished"),
+            {},
+            {"score": 2 + i / count + rng.random() / 5, "speed": 900 / (1 + i) + rng.random()},
+        )
+        for i in range(count)
+    ]
+    return lambda path: draw_runs(rows, Score.parse("validation_loss"), path, "a device", bound=True)
+
+
 def speeds(contexts: tuple[int, ...]) -> Draw:
     found = [
         prediction(2**30, 9 - context / 1000, context, scheme, device)
@@ -180,6 +206,11 @@ FIGURES: dict[str, Draw] = {
     "front of one": front(1),
     "front of 3": front(3),
     "front of 40": front(40),
+    "shapes of one": shapes(1),
+    "shapes of 12": shapes(12),
+    "runs of one": runs(1),
+    "runs of 2": runs(2),
+    "runs of 30": runs(30),
     "speeds at one context": speeds((128,)),
     "speeds at 3": speeds((128, 2048, 4096)),
     "bench of one": bench(1, (128,)),

@@ -16,6 +16,7 @@ from plmtune.io.run_comparison import (
     by_chance,
     correlate,
     front,
+    groups,
     keep,
     read_rows,
     set_score,
@@ -33,7 +34,7 @@ def make(folder: Path, number: int, *, layers: int, loss: float | None, status: 
     """A run as pretrain leaves it."""
     model = {"component": "plm", "num_layers": layers, "embed_dim": 256 // layers, "ffn": {"component": "squared_relu"}}
     model["ffn"]["hidden_dim"] = 2 * model["embed_dim"] + 32 * (number % 2)
-    config = {"recipe": "pretrain", "seed": 1, "model": model, "ema": False, **keys}
+    config = {"recipe": "pretrain", "seed": 1, "model": model, "ema": False, "data": "stdlib", **keys}
     path = folder / str(number)
     with RunDirectory.create(path, yaml.safe_dump(config), ["plmtune"]) as run:
         run.update(parameters=1000 + number, num_steps=10)
@@ -175,6 +176,8 @@ class TestCorrelations:
         found = correlate(rows)
         assert (found.runs, found.averaged) == (8, 4)
         assert {one.key: (one.rho, one.count) for one in found.found}["model.num_layers"] == (1.0, 4)
+        assert [group.score for group in groups(rows)] == [2.5, 3.5, 5.5, 9.5]
+        assert "a_key_of_a_later_version" not in varied(rows)
 
     def test_keys_that_are_no_numbers_are_named(self, tmp_path: Path) -> None:
         kinds = ["files", "stdlib", "files", "stdlib"]
@@ -192,15 +195,15 @@ class TestFront:
     def test_equals_its_definition(self, rows: list[Row]) -> None:
         for row, speed in zip(rows, (90.0, 80.0, 85.0, 70.0, 60.0, 99.0, 99.0), strict=True):
             row.values["speed"] = speed
-        best = front(rows, LOSS)
-        assert [Path(row.summary.path).name for row in best] == ["0", "2", "4"]
+        assert [Path(group.rows[0].summary.path).name for group in front(groups(rows), LOSS)] == ["0", "2", "4"]
         accuracy = Score.parse("eval/arc_easy/acc")
         set_score(rows, accuracy)
-        assert [Path(row.summary.path).name for row in front(rows, accuracy)] == ["6", "2", "3", "4"]
+        best = front(groups(rows), accuracy)
+        assert [Path(group.rows[0].summary.path).name for group in best] == ["6", "2", "3", "4"]
 
     def test_the_plot_has_the_runs_that_count(self, rows: list[Row], tmp_path: Path) -> None:
         for row in rows:
             row.values["speed"] = 100.0 / row.values["layers"]
         draw_runs(rows, LOSS, tmp_path / "runs.png", "runs", bound=False)
-        assert [Path(row.summary.path).name for row in drawn(rows)] == ["0", "1", "2", "3", "4"]
+        assert [group.name for group in drawn(rows)] == ["1 x 256", "2 x 128", "4 x 64", "8 x 32", "16 x 16"]
         assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
