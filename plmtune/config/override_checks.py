@@ -160,6 +160,9 @@ def _store_tables(text: str, parsed: Override, name: str) -> tuple[str, set[str]
         choices: dict[str, str | None] = {}
         settings = take_choices(value, place, str(group_at(key)), choices, f"override {text:.200}, ")
         keys = {*_leaves(settings, place.replace("/", ".")), *(at.replace("/", ".") for at in choices)}
+        if not keys or any(part == "defaults" for one in keys for part in one.split(".")):
+            what = "has a key defaults, which tables cannot have" if keys else "has a table without keys"
+            raise UserError(f"override {text:.200}: {what}. Write {key}={{KEY: VALUE}},{{KEY: OTHER}}.")
         if number and (odd := sorted(keys ^ first[0])):
             raise UserError(
                 f"override {text:.200}: its tables must give the same keys, and not all of them give {odd[0]}."

@@ -594,6 +594,8 @@ class TestTablesOfAMultirun:
             (["model={ffn: swigluu},{ffn: swiglu}"], "model/ffn has no option swigluu. Did you mean swiglu?"),
             (["model={_target_: a.b},{_target_: c.d}"], "not allowed. Components are named"),
             (["+model={num_layers: 2},{num_layers: 4}"], "write it without +"),
+            (["model={defaults: [a]},{defaults: [b]}"], "has a key defaults, which tables cannot have"),
+            (["model={num_layers: 2},{}"], "has a table without keys. Write model={KEY: VALUE}"),
         ],
     )
     def test_mistakes_are_sentences(self, overrides: list[str], says: str) -> None:
