@@ -210,6 +210,16 @@ def decoder_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
+def need_whole_heads(config: Mapping[str, Any]) -> None:
+    """Refuse a width that is no multiple of the heads, for a family whose class in transformers refuses it.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if config["embed_dim"] % config["num_heads"]:
+        raise ValueError(f"embed_dim ({config['embed_dim']}) is no multiple of num_heads ({config['num_heads']})")
+
+
 def size_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `sizes`."""
     return {

@@ -11,6 +11,7 @@ from plmtune.models.family import (
     Keys,
     decoder_keys,
     decoder_settings,
+    need_whole_heads,
     read_layer_types,
     read_rope,
     write_layer_types,
@@ -143,6 +144,7 @@ def _read(keys: Keys) -> dict[str, Any]:
 
 
 def _write(config: Mapping[str, Any]) -> dict[str, Any]:
+    need_whole_heads(config)
     attention = config["attention"]
     keys = decoder_keys(config) | {
         "hidden_activation": "gelu_pytorch_tanh",

@@ -7,6 +7,7 @@ which modules are stored in which format.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from functools import lru_cache
@@ -67,7 +68,15 @@ def _family_keys(config: str, source: str) -> dict[str, Any]:
     description = load_json(config)
     computation = _build(description, "config").computation()
     own = by_component().get(description["component"])
-    writers = [lambda: load_json(source) or {}]
+
+    def as_read() -> dict[str, Any]:
+        keys = load_json(source) or {}
+        if family := by_model_type().get(str(keys.get("model_type"))):
+            with contextlib.suppress(KeyError):
+                family.write(description)  # refuses what transformers' class refuses
+        return keys
+
+    writers = [as_read]
     for family in ([own] if own else []) + [other for other in families() if other is not own]:
         model_type, architecture = next(iter(family.architectures.items()))
         keys = {"architectures": [architecture], "model_type": model_type} | _NO_TOKENS

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from plmtune.models.assemble import assemble
-from plmtune.models.family import Family, Keys, decoder_keys, decoder_settings
+from plmtune.models.family import Family, Keys, decoder_keys, decoder_settings, need_whole_heads
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import Component, component, register
 
@@ -40,6 +40,7 @@ def _read(keys: Keys) -> dict[str, Any]:
 
 
 def _write(config: Mapping[str, Any]) -> dict[str, Any]:
+    need_whole_heads(config)
     return decoder_keys(config) | {"attention_bias": config["attention"]["bias"], "mlp_bias": False}
 
 

@@ -46,8 +46,10 @@ def _read(keys: Keys) -> dict[str, Any]:
 
 
 def _write(config: Mapping[str, Any]) -> dict[str, Any]:
-    types = write_layer_types(config)
-    keys = decoder_keys(config) | {"sliding_window": config["attention"]["window"]}
+    window = config["attention"]["window"]
+    every = "full_attention" if window is None else "sliding_attention"
+    types = write_layer_types(config) if "layers" in config else [every]
+    keys = decoder_keys(config) | {"sliding_window": window}
     if len(set(types)) > 1:
         return keys | {"model_type": "ministral", "architectures": ["MinistralForCausalLM"], "layer_types": types}
     return keys | ({"sliding_window": None} if "full_attention" in types else {})

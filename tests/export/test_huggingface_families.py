@@ -11,6 +11,7 @@ import pytest
 import torch
 from made_families import FAMILIES, SIZES, config_of, make
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from plmtune.export import verify as verifying
 from plmtune.export.contents import read_contents
@@ -19,7 +20,9 @@ from plmtune.export.huggingface import export_hf
 from plmtune.export.lint import lint
 from plmtune.export.report import Report
 from plmtune.export.runtimes import open_runtime
+from plmtune.models.families import by_model_type
 from plmtune.models.hf import load_model
+from plmtune.models.hf_config import hf_config
 from plmtune.modules.quantized import Quantized
 from plmtune.quantization.quantize import quantize
 from plmtune.registry import component
@@ -75,6 +78,22 @@ def test_transformers_gives_the_same_log_probabilities(name: str, checkpoint: An
     contents, report = read_contents(tmp_path / "out", model), Report("", "", "", "", 0)
     verifying._compare_contents(report, model, contents, "out", "float32")
     assert report.passed and len(contents.tensors) >= len(model.state_dict()) and contents.computation
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_transformers_takes_the_width_that_a_config_names_or_it_is_of_no_family(name: str, tmp_path: Path) -> None:
+    """Pruning gives widths that are no multiple of the heads, which some classes of transformers refuse."""
+    make(name, tmp_path)
+    config: Any = load_model(tmp_path).config
+    if config["attention"]["component"] == "gqa":
+        config["attention"]["head_dim"] = config["attention"]["head_dim"] or config["embed_dim"] // config["num_heads"]
+    config["embed_dim"] = next(width for width in (45, 46) if width % config["num_heads"])
+    keys = hf_config(config, torch.float32)
+    known = keys["model_type"] in by_model_type()
+    if known and by_model_type()[keys["model_type"]].in_transformers:
+        AutoConfig.for_model(**keys)
+    assert known or any(found.level == "refused" for found in lint(config, "hf"))
+    assert known == (name not in ("gemma2", "gemma3", "arcee", "gpt2", "stablelm"))
 
 
 @pytest.mark.parametrize("name", ONE_EACH)

@@ -259,8 +259,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     return read_model_config(directory)
 
 
-def test_each_family_has_a_registered_model_and_each_model_a_family() -> None:
-    assert by_component().keys() == describe_components()["model"].keys()
+def test_each_family_has_a_registered_model_and_each_model_but_pangu_alpha_a_family() -> None:
+    assert by_component().keys() | {"pangu_alpha"} == describe_components()["model"].keys()
 
 
 @torch.no_grad()
