@@ -50,7 +50,9 @@ def of_other_component(full_key: str, group: str, name: str) -> str | None:
 _SAME = {"init_from": ["checkpoint"], "runtime": ["device", "dtype"]}
 
 
-def _of_other_recipe(key: str, name: str, keys: Sequence[str]) -> str | None:
+def _of_other_recipe(
+    key: str, name: str, keys: Sequence[str], everywhere: Callable[[], Iterable[str]] = list
+) -> str | None:
     """Hint for a key that the config's recipe lacks and other recipes have."""
     having = [recipe for recipe, schema in SCHEMAS.items() if any(item.name == key for item in fields(schema))]
     if name in having:
@@ -58,6 +60,7 @@ def _of_other_recipe(key: str, name: str, keys: Sequence[str]) -> str | None:
     if not having:
         return None
     same = [other for other in _SAME.get(key, ()) if other in keys]
+    same = same or [other for other in everywhere() if other.endswith(f".{key}")]
     near = f" Did you mean {either(same)}?" if same else did_you_mean(key, keys)
     return f"{name} has no key {key} (it belongs to {', '.join(having)}).{near if near.endswith('?') else ''}"
 
@@ -191,15 +194,16 @@ def explain(error: Exception, given: Given) -> UserError:
         of_recipe = any(schema.__name__ == owner for schema in SCHEMAS.values())
         if said := of_other_component(full_key, group, name):
             return UserError(f"{place(full_key)}{said}")
-        if of_recipe and (said := _of_other_recipe(full_key, given.name, siblings)):
+
+        def everywhere() -> list[str]:
+            return [*_chosen_keys(given.overrides), *_all_keys(base, frozenset(SCHEMAS.values()))]
+
+        if of_recipe and (said := _of_other_recipe(full_key, given.name, siblings, everywhere)):
             return UserError(f"{place(full_key)}{said}")
         if name and not siblings:
             parent = full_key.rpartition(".")[0]
             return UserError(f"{place(full_key)}key {full_key}: unknown. {parent} is {name}, which has no settings.")
-        every = frozenset(SCHEMAS.values())
-        return unknown_key(
-            place(full_key), full_key, siblings, lambda: [*_chosen_keys(given.overrides), *_all_keys(base, every)]
-        )
+        return unknown_key(place(full_key), full_key, siblings, everywhere)
     if "Ambiguous value" in text:
         key, _, value = str(_search(r"argument '([^']+)'", text)).partition("=")
         listed = shlex.quote(f"{key}=[{value}]")

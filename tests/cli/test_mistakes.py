@@ -294,7 +294,7 @@ MODELS_AND_DATA = [
     ("plan plm_20m --shapes 4", "--shapes counts with --sweep, at equal parameters"),
     ("runs . --scheme int8", "--scheme counts with --device"),
     ("merge nowhere out", "There is no nowhere"),
-    ("merge m out", "m holds no adapters: it is a whole model already"),
+    ("merge m out", "m holds no adapters. To merge whole models give several"),
     ("chat m", "The tokenizer has no chat template. Name one: --chat-template chatml, llama3, plain"),
     ("chat m --chat-template nosuch", "nosuch is neither a chat template's name nor a file with one"),
     ("chat m --chat-template broken.jinja", "broken.jinja is no Jinja template: "),

@@ -433,6 +433,8 @@ class TestMistakes:
              "that have it: preferences, conversations, files (data=preferences data.paths=...)"),
             ("pretrain", "model.ffn.num_experts=3", "key model.ffn.num_experts: unknown"),
             ("dpo", "phases=[{name: a, tokens: 3}]", "dpo has no key phases (it belongs to pretrain, sft)."),
+            ("pretrain", "rounds=2", "pretrain has no key rounds (it belongs to preference). Did you mean "
+             "multi_round.rounds?"),
             ("pretrain", "epochs=2", "pretrain has no key epochs (it belongs to sft, preference)."),
             ("pretrain", "data.sources.a=1", "key data.sources: data is files, which has no key sources; components "),
             ("dpo", "loss.z_loss=1e-4", "loss is dpo, which has no key z_loss; components of loss that have it: "),
