@@ -183,15 +183,6 @@ class TestResume:
         assert report()["measured"] == report("whole")["measured"]
         assert (folder / "out/model.safetensors").read_bytes() == (folder / "whole/model.safetensors").read_bytes()
 
-    def test_what_is_damaged_is_measured_again(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        kept = Kept(folder, "key")
-        kept.save("units", {"channels": torch.ones(3)})
-        assert kept.read("units")["channels"].tolist() == [1, 1, 1] and kept.read("rises") == {}
-        path = folder / "measured/units.safetensors"
-        path.write_bytes(path.read_bytes()[:-1] + b"\7")
-        assert kept.read("units") == {}
-        assert "the numbers do not match their checksum); it is measured again" in capsys.readouterr().out
-
 
 class TestMask:
     OWN = ("checkpoint=llama", "importance=mask", "mask.batch_size=2", "mask.tokens=512", "mask.steps=14")
