@@ -24,8 +24,7 @@ from plmtune.io.tables import show
 from plmtune.io.terminal import Progress, echo
 from plmtune.models import text_loss
 from plmtune.models.adapters import load_model_tokenizer
-from plmtune.models.checkpoint_files import CONFIG as MODEL_CONFIG
-from plmtune.models.checkpoint_files import checkpoint_directory, read_json
+from plmtune.models.checkpoint_files import WEIGHT_FILES, checkpoint_directory, read_json
 from plmtune.models.hf import num_bytes, save_model
 from plmtune.models.unquantized import build_on_meta, load_finite
 from plmtune.modules.decoder import Decoder
@@ -41,11 +40,12 @@ from plmtune.pruning.report import FILE, Report
 from plmtune.pruning.sizes import Sizes, asked_sizes, methods, refuse_too_much, resolve, sizes_of
 from plmtune.pruning.width import choose_units, importance, mean_loss, shares_that_stay
 from plmtune.tokenizers.tokenizer import Tokenizer
+from plmtune.tokenizers.tokenizer_files import TOKENIZER_FILES
 from plmtune.training.run_setup import find_run, open_run
 from plmtune.training.runtime import Runtime
 
 CONFIG = "prune"  # conf/prune.yaml
-MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", MODEL_CONFIG, "tokenizer.json", "tokenizer_config.json")
+MODEL_FILES = (*WEIGHT_FILES, *TOKENIZER_FILES)
 
 _BATCH = 4  # rows of text in a forward, and in a backward of Taylor's importance
 

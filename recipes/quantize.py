@@ -23,8 +23,7 @@ from plmtune.io.terminal import echo
 from plmtune.models import text_loss
 from plmtune.models.adapters import load_model_tokenizer
 from plmtune.models.assemble import component_config, component_from_config
-from plmtune.models.checkpoint_files import CONFIG as MODEL_CONFIG
-from plmtune.models.checkpoint_files import checkpoint_directory, read_json
+from plmtune.models.checkpoint_files import WEIGHT_FILES, checkpoint_directory, read_json
 from plmtune.models.hf import save_model
 from plmtune.models.unquantized import build_on_meta, load_finite
 from plmtune.quantization import mixes, qat, sensitivity
@@ -36,15 +35,13 @@ from plmtune.quantization.sensitivity import Sensitivities
 from plmtune.quantization.sensitivity_plot import Measured, draw
 from plmtune.registry import Component
 from plmtune.tokenizers.tokenizer import Tokenizer
+from plmtune.tokenizers.tokenizer_files import TOKENIZER_FILES
 from plmtune.training.run_setup import find_run, open_run
 from plmtune.training.runtime import Runtime
 from plmtune.units import show_bytes
 
 CONFIG = "quantize"  # conf/quantize.yaml
-MODEL_FILES = (
-    *("*.safetensors", "*.safetensors.index.json", MODEL_CONFIG),
-    *("tokenizer.json", "tokenizer_config.json", "kept_ids.json"),
-)
+MODEL_FILES = (*WEIGHT_FILES, *TOKENIZER_FILES)
 
 _BATCH = 4  # rows of text in a forward
 

@@ -49,6 +49,7 @@ from plmtune.modules.peft import effective_weight
 from plmtune.modules.quantized import Quantized, is_quantized
 from plmtune.tokenizers.chat_template import find_template
 from plmtune.tokenizers.tokenizer import Tokenizer
+from plmtune.tokenizers.tokenizer_files import TOKENIZER_FILES
 from plmtune.units import show_bytes
 
 GENERATION = "generation_config.json"
@@ -139,13 +140,7 @@ def export_adapter(source: Path, directory: Path, *, base: Path | None = None) -
         raise UserError(f"{source} holds its adapters in {len(names)} files; one is expected.")
     check_room(directory, sum((source / name).stat().st_size for name in names))
     directory.mkdir(parents=True, exist_ok=True)
-    files = [
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "generation_config.json",
-        "kept_ids.json",
-    ]
+    files = [*TOKENIZER_FILES]
     named = config["base_model_name_or_path"]
     notes = [f"They stand beside {named}, which is not in the export."]
     base = base or Path(named)

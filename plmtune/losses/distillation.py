@@ -1,4 +1,4 @@
-"""Distillation losses: the student's distribution of the next token is drawn to a teacher's, in chunks of tokens."""
+"""Distillation losses: train the student's next-token distribution to match a teacher's, in chunks of tokens."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ class DistillationLoss(ABC):
 
 @register("loss", "forward_kl")
 class ForwardKL(DistillationLoss):
-    """KL(p || q) of the teacher's p and the student's q (Hinton et al., arXiv 1503.02531): q covers all of p.
+    """KL(p || q) of the teacher's p and the student's q (Hinton et al., arXiv 1503.02531): mode-covering.
 
     Of a teacher's k most likely tokens S alone it is the decoupled loss of LFM2 (arXiv 2511.23404): T^2 D becomes
     KL(P || Q) + P T^2 KL(p_S || q_S), with P and Q the probabilities of S without a temperature, KL(P || Q) that of the
@@ -246,7 +246,7 @@ class ForwardKL(DistillationLoss):
 
 @register("loss", "reverse_kl")
 class ReverseKL(DistillationLoss):
-    """KL(q || p) of the teacher's p and the student's q (MiniLLM, arXiv 2306.08543): q stays where p is high.
+    """KL(q || p) of the teacher's p and the student's q (MiniLLM, arXiv 2306.08543): mode-seeking.
 
     Args:
         temperature, cross_entropy_weight, chunk_rows: see `DistillationLoss`.

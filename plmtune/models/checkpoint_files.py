@@ -26,6 +26,7 @@ from plmtune.io.untrusted import load_json
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", CONFIG)  # patterns of a model directory
 ADAPTER_CONFIG = "adapter_config.json"  # of a directory that holds adapters and no model
 
 # Far above any real file's, far below what would hurt: JSON lists take 25 times their text in memory.

@@ -26,7 +26,6 @@ def pangu_alpha(
     The last of num_layers is the query layer, as in the released code (init=gpt2 has its scaling of the output
     projections). document_mask=true resets positions and attention at each document, as the paper does.
 
-    Args:
-        others: as for plm.
+    Arguments as for plm.
     """
     return assemble("pangu_alpha", locals(), learned_positions=True, query_layer=True)

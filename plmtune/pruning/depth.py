@@ -1,4 +1,4 @@
-"""Which layers matter: the loss without one, two or three adjacent layers, or how far a layer turns its input."""
+"""Importance of layers: the loss without some adjacent ones, or the cosine distance of a layer's input and output."""
 
 from __future__ import annotations
 

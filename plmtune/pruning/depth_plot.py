@@ -1,4 +1,4 @@
-"""A picture of layers: the loss without some adjacent ones, or how far each turns its input."""
+"""A plot of layers: the loss without some adjacent ones, or the cosine distance of each one's input and output."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from plmtune.tokenizers.library import Library
 from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.units import show_number_of
 
-_FILES = (
+TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"),
     *("special_tokens_map.json", "added_tokens.json", kept_ids.FILE),
 )
@@ -195,7 +195,7 @@ def _read(path: Path, pattern: str = QWEN2_PATTERN, normalization: Normalization
     if named := hub.parse(path):
         path = hub.fetch(named, weights=False)
     if path.is_dir():
-        for name in (*_FILES, "config.json"):
+        for name in (*TOKENIZER_FILES, "config.json"):
             if hub.links_outside(path / name):
                 raise UserError(f"{path / name} is a link to a place outside of {path}. Copy the file into it.")
         whole = path / "tokenizer.json"
@@ -212,7 +212,7 @@ def _read(path: Path, pattern: str = QWEN2_PATTERN, normalization: Normalization
             )
         if held[1:]:
             raise UserError(f"{path} holds {len(held)} .tiktoken files. Name one of them: {held[0]}")
-        manifest.check_files_once(path, only=_FILES)
+        manifest.check_files_once(path, only=TOKENIZER_FILES)
         path = held[0]
     if hub.is_gguf(path):
         raise UserError(f"{path} is a GGUF file. Make a model directory of it, which has a tokenizer: plmtune convert")

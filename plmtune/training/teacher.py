@@ -44,7 +44,7 @@ _CHUNK_ROWS = 256  # tokens whose logits are held at once
 
 @dataclass
 class Teacher:
-    """A frozen model.
+    """The teacher of a run, whose weights do not train.
 
     Attributes:
         model: on the meta device until its weights are loaded; they are loaded for good only without `top_k`.
