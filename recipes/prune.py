@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from plmtune import dtypes
 from plmtune.config.compose import build
 from plmtune.config.schema import PruneConfig as Config
 from plmtune.data.sources import Source
-from plmtune.data.text_rows import read_rows, text_sources
+from plmtune.data.text_rows import read_rows, spread, text_sources
 from plmtune.errors import UserError
 from plmtune.io import hub, manifest
 from plmtune.io.interruptible import Interruptible
@@ -305,9 +304,7 @@ class Prune:
 
     def some(self, tokens: int) -> Tensor:
         """Rows of the text to choose by, at even distances."""
-        rows = self.text.calibration
-        count = min(len(rows), -(-tokens // self.inputs.seq_len))
-        return rows[torch.arange(count) * len(rows) // max(1, count)]
+        return spread(self.text.calibration, -(-tokens // self.inputs.seq_len))
 
     def mean_loss(self, model: Decoder, when: str) -> float | None:
         """Nats a token of the text to measure on; None where there is none."""

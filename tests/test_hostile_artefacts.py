@@ -344,7 +344,7 @@ class TestTokenizers:
         data = good_tokenizer(place)
         set_pattern(data, pattern)
         (place / "tokenizer.json").write_text(json.dumps(data))
-        monkeypatch.setattr("plmtune.tokenizers.tokenizer._PATTERN_SECONDS", 0.1)
+        monkeypatch.setattr("plmtune.tokenizers.ranks._PATTERN_SECONDS", 0.1)
         tokenizer = load_tokenizer(place)
         with pytest.raises(
             UserError, match=r"tokenizer\.json, key pre_tokenizer: the pattern .* does not come to an end"
@@ -357,7 +357,7 @@ class TestTokenizers:
         data = good_tokenizer(place)
         set_pattern(data, r"(?:x|xx)+(?=y)|.")
         (place / "tokenizer.json").write_text(json.dumps(data))
-        monkeypatch.setattr("plmtune.tokenizers.tokenizer._PATTERN_SECONDS", 0.2)
+        monkeypatch.setattr("plmtune.tokenizers.ranks._PATTERN_SECONDS", 0.2)
         tokenizer = load_tokenizer(place)
         assert len(tokenizer.encode("x" * 24)) == 24
         with pytest.raises(UserError, match="does not come to an end"):

@@ -156,6 +156,11 @@ def _to_component(group: str, value: Any, key: str, place: str) -> Component:
     """Check ``{component: name, setting: ...}`` against the registered signature."""
     if isinstance(value, str):  # the name alone
         value = {"component": value}
+    if isinstance(value, dict) and value and "component" not in value:  # as model=null leaves what a file set
+        names = ", ".join(f"{key}.{name}" for name in value)
+        raise UserError(
+            f"{place}key {key}: has no component, and {names} needs one: take it out, or choose {key}=NAME."
+        )
     if not isinstance(value, dict) or not isinstance(value.get("component"), str):
         raise UserError(
             f"{place}key {key}: needs the name of a component: {', '.join(sorted(describe_components()[group]))}."

@@ -76,22 +76,26 @@ def read_rows(
     ids = _read_tokens(sources, tokenizer, max(_POOL, 4 * seq_len * max(calibration, test + mix)))
     rows = ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
     # Every other row is for measuring, whatever the calibration takes: losses of several schemes are of one text.
-    measured = rows[1::2]
-    chosen = _spread(torch.arange(len(measured)), test)
+    first, measured = (rows[0::2], rows[1::2]) if test + mix else (rows, rows[:0])
+    chosen = spread(torch.arange(len(measured)), test)
     others = torch.ones(len(measured), dtype=torch.bool).index_fill(0, chosen, False)
     found = TextRows(
-        _spread(rows[0::2], calibration),
-        _spread(measured[others], mix),
+        spread(first, calibration),
+        spread(measured[others], mix),
         measured[chosen],
         {name: source.fingerprint() for name, source in sources.items()},
         "; ".join(source.describe() for source in sources.values()),
     )
     if len(found.calibration) < calibration or len(found.test) < test or len(found.mix) < mix:
         more = f" with sensitivity.tokens ({mix_tokens:,})" if mix else ""
+        asked = f"{calibration_key} ({calibration_tokens:,})"
+        if test + mix:
+            asked += f" and test_tokens ({test_tokens:,}){more} are taken of one half of it each"
+        else:
+            asked += " is taken of it"
         raise UserError(
-            f"key data: the text has {len(ids):,} tokens, and {calibration_key} ({calibration_tokens:,}) and "
-            f"test_tokens ({test_tokens:,}){more} are taken of one half of it each, in rows of {seq_len}. Give "
-            "more text, or ask for fewer."
+            f"key data: the text has {len(ids):,} tokens, and {asked}, in rows of {seq_len}. Give more text, or ask "
+            "for fewer."
         )
     return found
 
@@ -110,6 +114,6 @@ def _read_tokens(sources: Mapping[str, Source], tokenizer: Tokenizer, wanted: in
     return torch.from_numpy(np.concatenate(ids)) if ids else torch.empty(0, dtype=torch.long)
 
 
-def _spread(rows: Tensor, count: int) -> Tensor:
+def spread(rows: Tensor, count: int) -> Tensor:
     """`count` of the rows at even distances; all, where they are fewer."""
     return rows[torch.arange(count) * len(rows) // max(1, count)] if count <= len(rows) else rows

@@ -608,3 +608,9 @@ class TestTablesOfAMultirun:
     def test_outside_of_a_multirun_they_are_several_values(self) -> None:
         with pytest.raises(UserError, match="To run them all: plmtune run -m"):
             compose.compose("demo", (), ["model={num_layers: 2},{num_layers: 4}"])
+
+
+def test_keys_of_a_file_under_a_component_that_is_null_are_named(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("model: {max_seq_len: 128}\n")
+    with pytest.raises(UserError, match=r"key model: has no component, and model.max_seq_len needs one: take it out"):
+        compose.compose("pretrain", (str(tmp_path / "mine.yaml"),), ["model=null", "init_from=x"])

@@ -86,6 +86,7 @@ DECODER: dict[str, Any] = {
     "post_norms": True,
     "residual_scale": 0.3,
     "learned_positions": True,
+    "query_layer": True,
     "embed_scale": 3.0,
     "logit_scale": 0.25,
     "logit_soft_cap": 0.5,
@@ -106,7 +107,7 @@ NOT_NATIVE = {
     *("rope_scaling.dynamic", "rope_scaling.dynamic.factor", "rope_scaling.dynamic.original_max_seq_len"),
     *(f"rope_scaling.longrope.{key}" for key in SETTINGS["rope_scaling", "longrope"]),
     *(f"decoder.{key}" for key in ("post_norms", "residual_scale", "learned_positions", "embed_scale", "logit_scale")),
-    *("decoder.layers", "decoder.local_rope_theta"),
+    *("decoder.query_layer", "decoder.layers", "decoder.local_rope_theta"),
 }
 
 
