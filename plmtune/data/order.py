@@ -272,13 +272,19 @@ class Order:
         return [int(count) for count in self._counts(index, self.num_sequences(index))]
 
     def first_round(self) -> list[Ints]:
-        """Return the windows of each source that round 1 samples, ascending and each once."""
+        """Return the windows of each source that round 1 samples, ascending and each once.
+
+        It may begin within an epoch, so that n samples are of two epochs and may repeat some of the n windows.
+        """
         found = []
         for name, n, first, stop in zip(self.names, self.windows.tolist(), self.skipped, self.drawn, strict=True):
-            epoch, window = np.divmod(np.arange(first, min(stop, first + n)), max(n, 1))
+            if stop >= (-(-first // max(n, 1)) + 1) * n:  # a whole epoch
+                found.append(np.arange(n))
+                continue
+            epoch, window = np.divmod(np.arange(first, stop), n)
             for e in np.unique(epoch).tolist():
                 window[epoch == e] = permute(window[epoch == e], n, key_of(self.seed, name, e))
-            found.append(np.unique(window) if stop - first < n else np.arange(n))
+            found.append(np.unique(window))
         return found
 
     def set_draw(self, index: int, windows: Sequence[Ints]) -> None:

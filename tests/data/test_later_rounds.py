@@ -122,6 +122,12 @@ class TestOrder:
         assert told == seen
         assert all((np.diff(each) > 0).all() for each in order.first_round())
 
+    @pytest.mark.parametrize(("skip", "steps"), [(0, 20), (100, 20), (100, 29), (100, 30), (200, 20), (199, 20)])
+    def test_a_first_round_that_begins_within_an_epoch_may_not_sample_all(self, skip, steps):
+        phases = [Phase("one", steps), *later_rounds(2, 0.5, steps)]
+        order = Order({"s": 200}, phases, global_batch_size=10, seed=1, skip={"s": skip})
+        assert order.first_round()[0].tolist() == sorted({w for _, w in self.steps(order, range(steps))})
+
     def test_a_later_round_samples_what_was_drawn_once_each_in_the_shares_of_round_1(self):
         order = self.order()
         assert order.known_steps == 400 and order.num_steps == 800
