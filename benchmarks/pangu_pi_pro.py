@@ -337,6 +337,9 @@ def main() -> None:
     parser.add_argument("--controls", action="store_true", help="a uniform draw, and distillation in one round, too")
     parser.add_argument("--quick", action="store_true", help="one seed and a few steps, in OUT/quick")
     options = parser.parse_args()
+    for path in (*options.text, *options.tokenizer_text):
+        if not path.is_file():
+            parser.error(f"there is no file {path}")
     budget, out, seeds = Budget(), options.out, [int(seed) for seed in options.seeds.split(",")]
     if options.quick:
         budget, out, seeds = QUICK, out / "quick", seeds[:1]

@@ -212,7 +212,8 @@ class RunMonitor:
 
     def _show(self, step: int, entry: Mapping[str, Any]) -> None:
         if "loss" not in entry:
-            shown = [f"{k} {entry[k]:.4f}" for k in ("validation_loss", "bits_per_byte") if entry.get(k) is not None]
+            keys = ("validation_loss", "bits_per_byte", "ema_validation_loss")
+            shown = [f"{k} {entry[k]:.4f}" for k in keys if entry.get(k) is not None]
             shown += [f"{k.removeprefix('eval/')} {v:.4f}" for k, v in entry.items() if k.startswith("eval/")]
             if shown:
                 self.message(f"step {step}: {' · '.join(shown)}")
@@ -226,8 +227,11 @@ class RunMonitor:
 
 
 def format_metrics(entry: Mapping[str, Any], eta_seconds: float | None) -> list[str]:
-    """The parts of the progress line: loss, time left, speed, learning rate, MFU, memory."""
+    """The parts of the progress line: loss (and cross entropy beside a teacher), time left, speed, learning rate, MFU,
+    memory."""
     parts = [f"loss {entry['loss']:.4f}"]
+    if "cross_entropy" in entry:
+        parts.append(f"cross entropy {entry['cross_entropy']:.4f}")
     if eta_seconds is not None:
         parts.append(f"ETA {show_duration(eta_seconds)}")
     if "tokens_per_second" in entry:

@@ -39,6 +39,8 @@ def draw_curves(source: Path, target: Path) -> None:
         (3.2, lambda panel: _draw_losses(panel, training, validations, axis)),
         (1.0, lambda panel: _draw_rates(panel, training, axis)),
     ]
+    if any("divergence" in e for e in training):
+        wanted.append((1.6, lambda panel: _draw_distillation(panel, training, axis)))
     if layers:
         measured = [e for e in validations if layers[0] in e]
         wanted.append((1.0, lambda panel: _draw_sparsity(figure, panel, measured, layers, axis)))
@@ -54,6 +56,17 @@ def draw_curves(source: Path, target: Path) -> None:
     figure.suptitle("/".join(source.resolve().parent.parts[-2:]), fontsize=12)
     for panel, draw in zip(panels, draws, strict=True):
         draw(panel)
+    for before, entry in itertools.pairwise(training):
+        if before.get("phase") != entry.get("phase"):
+            for panel in panels:
+                panel.axvline(axis(before), color="0.6", linewidth=0.8, linestyle=":", zorder=0)
+            panels[0].annotate(
+                f" {entry.get('phase')}",
+                (axis(before), 0.01),
+                xycoords=("data", "axes fraction"),
+                color="0.4",
+                fontsize=8,
+            )
     # A little more than the last point, whose dot would be cut in half.
     panels[-1].set_xlim(0, _ROOM * max(axis(e) for e in (*training, *validations, *tasks)))
     panels[-1].set_xlabel(unit)
@@ -127,12 +140,14 @@ def _finish(panel: Any, label: str, *, legend: bool = True, **settings: Any) -> 
 
 
 def _draw_losses(panel: Any, training: Sequence[Any], validations: Sequence[Any], axis: Any) -> None:
-    losses = [e["loss"] for e in training]
+    # Of a run with a teacher, the part of the loss that a validation measures, too.
+    key = "cross_entropy" if any("divergence" in e for e in training) else "loss"
+    losses = [e[key] for e in training if e.get(key) is not None]
     many = len(losses) > 20
     if many:
-        _draw(panel, training, axis, "loss", color=_TRAIN, alpha=0.25, linewidth=0.8)
-    label = "training" + (" (smoothed; raw behind)" if many else "")
-    _draw(panel, training, axis, "loss", smoothed=many, color=_TRAIN, linewidth=1.6, label=label)
+        _draw(panel, training, axis, key, color=_TRAIN, alpha=0.25, linewidth=0.8)
+    label = ("training" if key == "loss" else "training, cross entropy") + (" (smoothed; raw behind)" if many else "")
+    _draw(panel, training, axis, key, smoothed=many, color=_TRAIN, linewidth=1.6, label=label)
     if validations:
         final = validations[-1]
         bits = final.get("bits_per_byte")
@@ -140,6 +155,10 @@ def _draw_losses(panel: Any, training: Sequence[Any], validations: Sequence[Any]
         if bits is not None:
             label += f" = {bits:.3f} bits a byte"
         _draw(panel, validations, axis, "validation_loss", color=_VALIDATION, linewidth=1, label=label, **_HELD_OUT)
+        if (averaged := final.get("ema_validation_loss")) is not None:
+            label = f"validation of averaged weights, at the end {averaged:.3f}"
+            style: dict[str, Any] = {"color": _RATE, "linewidth": 1, "linestyle": "--", **_HELD_OUT}
+            _draw(panel, validations, axis, "ema_validation_loss", label=label, **style)
         if bits and final["validation_loss"]:
             # Bits per byte is the same loss in another unit, so one curve reads on both scales.
             ratio = bits / final["validation_loss"]
@@ -148,7 +167,21 @@ def _draw_losses(panel: Any, training: Sequence[Any], validations: Sequence[Any]
     _finish(panel, "loss a pair" if "pairs" in training[0] else "loss (nats a token)", fontsize=9)
     if many:
         # The first steps of a fresh model are far above all that follows; the curve of interest is below.
-        panel.set_ylim(top=min(max(losses), 1.05 * max(smooth(losses, len(losses) // 40))))
+        highest = min(max(losses), 1.05 * max(smooth(losses, len(losses) // 40)))
+        held_out = [
+            e[k] for e in validations for k in ("validation_loss", "ema_validation_loss") if e.get(k) is not None
+        ]
+        panel.set_ylim(top=max([highest, *(1.01 * value for value in held_out)]))
+
+
+def _draw_distillation(panel: Any, training: Sequence[Any], axis: Any) -> None:
+    """The divergence from the teacher, and the difference of hidden states where it is part of the loss."""
+    labels = {"divergence": "divergence from the teacher", "hidden_difference": "difference of hidden states"}
+    for (key, label), colour in zip(labels.items(), (_OTHER, _RATE), strict=True):
+        if any(key in e for e in training):
+            _draw(panel, training, axis, key, smoothed=len(training) > 20, color=colour, linewidth=1.4, label=label)
+    panel.set_ylim(bottom=0)
+    _finish(panel, "nats a token", ncols=2)
 
 
 def _draw_rates(panel: Any, training: Sequence[Any], axis: Any) -> None:

@@ -76,6 +76,19 @@ class TestDrawCurves:
         draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
         assert figures[0].axes[0].get_ylim()[1] > 3.1
 
+    def test_a_teachers_divergence_has_its_own_panel_and_phases_and_averages_are_marked(self, tmp_path, figures):
+        with MetricsFile(tmp_path / "metrics.jsonl") as file:
+            for step in range(1, 31):
+                entry = {"loss": 0.1, "cross_entropy": 3.0, "divergence": 0.05, "tokens": step * 100}
+                file.append(step, entry | {"phase": "main" if step <= 20 else "round 2"})
+            file.append(30, {"validation_loss": 3.1, "bits_per_byte": 1.5, "ema_validation_loss": 3.05})
+        draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+        losses, *_, divergence = [panel for panel in figures[0].axes if panel.get_legend()]
+        assert 3.0 in losses.get_lines()[0].get_ydata() and losses.get_ylim()[1] > 3.1
+        assert "averaged weights, at the end 3.050" in losses.get_legend().get_texts()[2].get_text()
+        assert [text.get_text() for text in losses.texts] == [" round 2"]
+        assert 0.05 in divergence.get_lines()[0].get_ydata()
+
     def test_a_run_without_a_loss_has_nothing_to_draw(self, tmp_path):
         (tmp_path / "metrics.jsonl").touch()
         with pytest.raises(UserError, match="no training loss"):
