@@ -71,6 +71,16 @@ def _match(text: str, form: Form | None) -> Match:
             f"{', '.join(parts)}: leave --as out."
         )
     if not fitting:
+        known_parts = {
+            "attention": {name for f in ARCHITECTURES for name in f.parts[0]},
+            "ffn": {f.parts[1] for f in ARCHITECTURES},
+            "norm": {f.parts[2] for f in ARCHITECTURES},
+        }
+        for (kind, held), name in zip(known_parts.items(), parts, strict=True):
+            if name not in held:
+                shortcut = (config["attention"].get("shortcut") or {}).get("component", "none")
+                also = "" if shortcut == "none" else f", nor attention.shortcut={shortcut}"
+                raise UserError(f"GGUF has no architecture with {kind}={name}{also}. It has {', '.join(sorted(held))}.")
         has = "; ".join(f"{' or '.join(f.parts[0])}, {f.parts[1]}, {f.parts[2]} ({f.name})" for f in ARCHITECTURES)
         raise UserError(f"GGUF has no architecture with {', '.join(parts)}. It has {has}.")
     fitting.sort(key=lambda found: own != found.component and own not in found.also)

@@ -116,7 +116,7 @@ class TestGguf:
                 "with gqa, geglu, layer_norm",
             ),
             (plm_config(tie_embeddings=False), "Use --as deepseek2 or --to hf --as deepseek"),
-            (plm_config(attention={"component": "mine"}), "no architecture with mine, squared_relu"),
+            (plm_config(attention={"component": "mine"}), "no architecture with attention=mine. It has gqa, mha, mla."),
         ],
     )
     def test_parts_that_it_lacks_are_refused_by_name(self, config: dict[str, Any], message: str) -> None:
