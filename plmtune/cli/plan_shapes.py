@@ -32,7 +32,7 @@ def parse_tolerance(text: str) -> float:
     except ValueError:
         share = 0.0
     if not 0 < share < 1:
-        raise UserError(f"--tolerance {text}: must be a share of the parameters, such as 2% or 0.02.")
+        raise UserError(f"--tolerance {text}: must be a share of the parameters, above 0 and below 1: 2% or 0.02.")
     return share
 
 
@@ -194,7 +194,7 @@ def _table(
 def _command(name: str, overlays: Sequence[str], overrides: Sequence[str], shapes: Sequence[Shape]) -> str:
     """The words of a shell that train every shape: a table of its keys is one value of the model."""
     tied = {f"model.{key}" for key in shapes[0].settings}
-    kept = [text for text in overrides if text.partition("=")[0].replace("/", ".") not in tied]
+    kept = [left for text in overrides for left in override_checks.without_keys(text, tied)]
     tables = []
     for shape in shapes:
         table: dict[str, Any] = {}

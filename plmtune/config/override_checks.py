@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +77,16 @@ def check_overrides(overrides: Sequence[str], *, multirun: bool = False) -> list
     """Refuse what is no override, and write choices in Hydra's form.
 
     Keys may be added to dictionaries, as ``data.sources={mine: ...}`` does. In a multirun several tables of a component
-    (``model={num_layers: 2, embed_dim: 64},{num_layers: 4, embed_dim: 48}``) are its values, one for each job.
+    (``model={num_layers: 2, embed_dim: 64},{num_layers: 4, embed_dim: 48}``) are its values, one for each job, and each
+    key keeps the last override that gives it: Hydra's sweepers keep the order of the first.
     """
-    checked: list[list[str]] = []  # what each override stands for
+    return [text for part in _check(overrides, multirun=multirun)[0] for text in part]
+
+
+def _check(overrides: Sequence[str], *, multirun: bool) -> tuple[list[list[str]], list[list[str]]]:
+    """`check_overrides` for each override: what is left of it beside later ones, and what it stands for alone."""
+    checked: list[list[str]] = []
+    alone: list[list[str]] = []
     tied: dict[str, str] = {}  # full key that such tables give -> their override
     for index, text in enumerate(overrides):
         # Hydra's multirun reads its own options, one of which unpickles a file, among the overrides.
@@ -93,7 +100,8 @@ def check_overrides(overrides: Sequence[str], *, multirun: bool = False) -> list
             raise UserError(f"override {text:.200}: has no key. Write key=value.")
         if re.match(r"[+~]*recipe\b", text):
             raise UserError(f"override {text:.200}: a config has its recipe. Run another one: plmtune run NAME")
-        part = []
+        part: list[str] = []
+        alone.append([])
         typed = parse(text, overrides[index + 1 :])
         if multirun and _holds_tables(typed):
             choice, keys, places = _store_tables(text, typed, f"{_TABLES}{index}")
@@ -101,11 +109,12 @@ def check_overrides(overrides: Sequence[str], *, multirun: bool = False) -> list
                 raise UserError(f"override {text:.200}: gives {twice}, as override {tied[twice]:.200} does. Keep one.")
             for place in places:
                 checked = [_without(place, SEVERAL, earlier) for earlier in checked]
-            checked = [[one for one in earlier if _full_key(one) not in keys] for earlier in checked]
+            checked = [_left(earlier, keys) for earlier in checked]
             tied |= dict.fromkeys(keys, text)
             checked.append([choice])
+            alone[-1].append(choice)
             continue
-        for normal in _normalize(text, typed):
+        for normal in _normalize(text, typed, multirun=multirun):
             parsed = parse(normal)
             value = plain_value(parsed._value)
             check_override(text, parsed.key_or_group, parsed.package, value, multirun=multirun)
@@ -114,16 +123,25 @@ def check_overrides(overrides: Sequence[str], *, multirun: bool = False) -> list
             if key.endswith(".component") and not in_dict:
                 place = key.removesuffix(".component").replace(".", "/")
                 raise UserError(f"override {text}: choose it as {place}={chosen}.")
-            if _full_key(normal) in tied:
+            keys = {_full_key(normal)}
+            if isinstance(value, dict):
+                keys = {*_leaves(value, _full_key(normal))}
+            if (twice := next((name for name in sorted(keys) if name in tied), None)) is not None:
+                which = "this key" if twice == _full_key(text) else twice
                 raise UserError(
-                    f"override {text:.200}: the tables of override {tied[_full_key(normal)]:.200} give this key, too. "
-                    "Keep one of them."
+                    f"override {text:.200}: the tables of override {tied[twice]:.200} give {which}, too. Keep one of "
+                    "them."
                 )
             part.append(f"++{normal.lstrip('+')}" if in_dict else normal)
+            alone[-1].append(part[-1])
+            if multirun and not parsed.is_delete() and not chosen_components([normal]):
+                checked = [_left(earlier, keys) for earlier in checked]
+                if isinstance(value, dict):
+                    checked, part[-1] = _merged(checked, part[-1], value)
         for place, name in chosen_components(part).items():
             checked = [_without(place, name, earlier) for earlier in checked]
         checked.append(part)
-    return [text for part in checked for text in part]
+    return checked, alone
 
 
 def _full_key(text: str) -> str:
@@ -192,6 +210,49 @@ def _leaves(value: Any, key: str) -> list[str]:
     return [key]
 
 
+def _left(part: list[str], keys: Collection[str]) -> list[str]:
+    return [left for text in part for left in without_keys(text, keys)]
+
+
+def without_keys(text: str, keys: Collection[str]) -> list[str]:
+    """An override without these full keys, which its table may give; nothing where it gives no other key."""
+    head, _, literal = text.partition("=")
+    key = _full_key(text)
+    if key in keys:
+        return []
+    if not literal.lstrip().startswith("{") or not any(name.startswith(f"{key}.") for name in keys):
+        return [text]
+    value = plain_value(parse(text)._value)
+    if not isinstance(value, dict) or (kept := _pruned(value, key, keys)) == value:
+        return [text]
+    return [f"{head}={hydra_literal(kept)}"] if kept else []
+
+
+def _pruned(value: dict[str, Any], key: str, keys: Collection[str]) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for name, child in value.items():
+        full = f"{key}.{name}"
+        if isinstance(child, dict) and child:
+            if inner := _pruned(child, full, keys):
+                kept[name] = inner
+        elif full not in keys:
+            kept[name] = child
+    return kept
+
+
+def _merged(checked: list[list[str]], text: str, value: dict[str, Any]) -> tuple[list[list[str]], str]:
+    """A table with what earlier tables of its key give beside it: a sweeper keeps the last override of a key."""
+    head = text.partition("=")[0]
+    for number, part in enumerate(checked):
+        for one in part:
+            if one.partition("=")[0] != head or not isinstance(earlier := plain_value(parse(one)._value), dict):
+                continue
+            both = OmegaConf.to_container(OmegaConf.merge(earlier, value))
+            checked[number] = [other for other in part if other is not one]
+            text = f"{head}={hydra_literal(both)}"
+    return checked, text
+
+
 def as_typed(text: str) -> str:
     """The override that a choice of a table stands for; any other as it is."""
     return _typed.get(text, text)
@@ -209,8 +270,11 @@ def _without(place: str, name: str | None, part: list[str]) -> list[str]:
     return [t for t in part if not f"{t.partition('=')[0].lstrip('+~').replace('.', '/')}/".startswith(f"{place}/")]
 
 
-def _normalize(text: str, parsed: Override) -> list[str]:
-    """The overrides in Hydra's form that a choice of a component stands for; any other override stays as it is."""
+def _normalize(text: str, parsed: Override, *, multirun: bool) -> list[str]:
+    """The overrides in Hydra's form that a choice of a component stands for; any other override stays as it is.
+
+    In a multirun a table of settings becomes one override for each: a sweeper would keep it instead of a choice.
+    """
     key = parsed.key_or_group
     group = group_at(key) if parsed.package is None and key else None
     if group is None or parsed.is_sweep_override() or parsed.is_delete() or parsed.is_add():
@@ -231,7 +295,7 @@ def _normalize(text: str, parsed: Override) -> list[str]:
             return [f"{place}={value}"]
     choices: dict[str, str | None] = {}
     settings = take_choices(value, place, group, choices, f"override {text:.200}, ")
-    if not choices:
+    if not choices and not (multirun and isinstance(value, dict) and "/" not in place):
         return [text]
     return [
         *(f"{at}={name}" for at, name in choices.items()),
@@ -250,17 +314,21 @@ def chosen_components(overrides: Sequence[str]) -> dict[str, str | None]:
 
 
 def split_sweeps(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """Divide overrides into those of one value and those of several (a=1,2 and range()), by key as "key=value" each."""
+    """Divide overrides into those of one value and those of several (a=1,2 and range()), by key as "key=value" each.
+
+    As in a multirun each key keeps the last override that gives it; the others stay as they are typed.
+    """
     plain: list[str] = []
     swept: dict[str, list[str]] = {}
-    for text in overrides:
-        check_overrides([text], multirun=True)
-        parsed = parse(text)
-        if not parsed.is_sweep_override():
-            plain.append(text)
-        elif parsed.is_discrete_sweep():
-            key = parsed.get_key_element()
-            swept[key] = [f"{key}={value}" for value in parsed.sweep_string_iterator()]
-        else:
-            raise UserError(f"override {text}: names no single values. Write key=1,2,3 or key=range(1,10,3).")
+    checked, alone = _check(overrides, multirun=True)
+    for typed, left, whole in zip(overrides, checked, alone, strict=True):
+        for text in [typed] if left == whole else left:
+            parsed = parse(text)
+            if not parsed.is_sweep_override():
+                plain.append(text)
+            elif parsed.is_discrete_sweep():
+                key = parsed.get_key_element()
+                swept[key] = [f"{key}={value}" for value in parsed.sweep_string_iterator()]
+            else:
+                raise UserError(f"override {text}: names no single values. Write key=1,2,3 or key=range(1,10,3).")
     return plain, swept

@@ -90,7 +90,8 @@ class TestPlan:
     def test_shapes_at_equal_parameters_come_with_the_command_that_trains_them(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        given = ("plan", "demo", "tokenizer=byte", "model.num_layers=4", "--sweep", "--shapes", "3", "--scheme", "int8")
+        sizes = "model={num_layers: 4, embed_dim: 128, max_seq_len: 1024}"
+        given = ("plan", "demo", "tokenizer=byte", sizes, "--sweep", "--shapes", "3", "--scheme", "int8")
         written = ("--json", tmp_path / "shapes.json", "--plot", tmp_path / "shapes.png")
         code, out, _ = run(monkeypatch, capsys, *given, *written)
         assert code == 0
@@ -100,7 +101,7 @@ class TestPlan:
         assert (tmp_path / "shapes.png").read_bytes().startswith(b"\x89PNG")
         assert len(found["found"]) == 19 and [point["base"] for point in found["points"]].count(True) == 1
         words = shlex.split(found["command"])
-        assert words[:5] == ["plmtune", "run", "-m", "demo", "tokenizer=byte"]
+        assert words[:6] == ["plmtune", "run", "-m", "demo", "tokenizer=byte", "model={max_seq_len: 1024}"]
         plain, swept = override_checks.split_sweeps(words[4:])
         for text, point in zip(swept["model"], found["points"], strict=True):
             cfg = compose.compose("demo", (), [*plain, text])
@@ -153,6 +154,7 @@ class TestPlan:
             (("plan", "demo", "--shapes", "3"), "--shapes counts with --sweep"),
             (("plan", "demo", "--sweep", "--multiple", "3", "model.num_layers=1,2"), "give --tolerance"),
             (("plan", "demo", "--sweep", "--tolerance", "150%"), "must be a share"),
+            (("plan", "demo", "--sweep", "--tolerance", "0%"), "above 0 and below 1"),
             (("plan", "demo", "--sweep", "--tolerance", "1e-9"), "The nearest has 1,4"),
             (("plan", "demo", "--sweep", "--tolerance", "2%", "model.num_heads=2,4"), "these can have them: model.num"),
             (("plan", "demo", "--sweep", "--tolerance", "2%", "model.num_layers=2.5,4"), "2.5 is not a whole number"),

@@ -1,5 +1,6 @@
 """Composing: values, groups, overlays; and every mistake names its file, its key and the nearest right name."""
 
+import itertools
 import random
 import shlex
 import subprocess
@@ -547,6 +548,9 @@ class TestMultirun:
         assert not [*tmp_path.iterdir()]
 
 
+TABLES = "model={num_layers: 1, embed_dim: 64},{num_layers: 3, embed_dim: 48}"
+
+
 class TestTablesOfAMultirun:
     """Several keys that change together: ``model={num_layers: 2, embed_dim: 64},{num_layers: 4, embed_dim: 48}``."""
 
@@ -578,6 +582,52 @@ class TestTablesOfAMultirun:
         ((model, _),) = self.models("model=choice({ffn: {component: swiglu, hidden_dim: 2}})")
         assert model.settings["ffn"].name == "swiglu"
 
+    @pytest.mark.parametrize(
+        ("overrides", "left"),
+        [
+            (["model={num_layers: 5, max_seq_len: 64}", TABLES], ["model.max_seq_len=64", TABLES]),
+            (["model={num_layers: 5}", TABLES], [TABLES]),
+            (["model.num_layers=2,4", TABLES], [TABLES]),
+            (["model.ffn={hidden_dim: 9}", "model={ffn: {hidden_dim: 6}},{ffn: {hidden_dim: 4}}"], None),
+            (["model.num_layers=2,4", "model.num_layers=3"], None),
+            (["model.num_layers=2,4", "model={num_layers: 3}"], None),
+            (["model.num_layers=3", "model={num_layers: 5}", "model.num_layers=2,6"], None),
+            (["model={ffn: {hidden_dim: 4}}", "model.ffn={hidden_dim: 3}"], None),
+            (["model={num_layers: 5}", "model={embed_dim: 64}"], ["model={num_layers: 5}", "model={embed_dim: 64}"]),
+            (["model=plm,llama", "model=llama"], None),
+        ],
+    )
+    def test_each_key_keeps_the_last_override_that_gives_it(self, overrides: list[str], left: list[str] | None) -> None:
+        plain, swept = override_checks.split_sweeps(overrides)
+        assert (plain, swept) == override_checks.split_sweeps(left or overrides[-1:])
+        named = [text.partition("=")[0] for text in override_checks.check_overrides(overrides, multirun=True)]
+        assert len({*named}) == len(named)  # of two a sweeper keeps the last value in the first's place
+
+    @pytest.mark.parametrize(
+        ("overrides", "wanted"),
+        [
+            (["model={num_layers: 5, max_seq_len: 64}", TABLES], [(1, 64, 64), (3, 48, 64)]),
+            (["model=llama", "model={num_layers: 2}", "model={max_seq_len: 32}"], [(2, 576, 32)]),
+        ],
+    )
+    def test_what_a_multirun_trains_is_what_plan_shows(
+        self, overrides: list[str], wanted: list[tuple[int, ...]]
+    ) -> None:
+        def sizes(model: Any) -> tuple[int, ...]:
+            return tuple(model.settings[key] for key in ("num_layers", "embed_dim", "max_seq_len"))
+
+        assert [sizes(model) for model, _ in self.models(*overrides)] == wanted
+        plain, swept = override_checks.split_sweeps(overrides)
+        planned = [compose.compose("demo", (), [*plain, *texts]).model for texts in itertools.product(*swept.values())]
+        assert [sizes(model) for model in planned] == wanted
+
+    def test_what_is_added_to_a_dictionary_is_joined(self) -> None:
+        sources = [f"data.sources={{{name}: {{component: stdlib}}}}" for name in "ab"]
+        joined = "++data.sources={a: {component: stdlib}, b: {component: stdlib}}"
+        assert override_checks.check_overrides(["data=mix", *sources], multirun=True) == ["data=mix", joined]
+        assert override_checks.split_sweeps(sources)[0] == [joined]
+        assert override_checks.check_overrides(sources) == [f"++{text}" for text in sources]
+
     def test_a_refused_job_is_named_by_its_table(self) -> None:
         def task(cfg: Any) -> None:
             raise UserError("not this one.")
@@ -590,6 +640,15 @@ class TestTablesOfAMultirun:
         ("overrides", "says"),
         [
             (["model={num_layers: 2},{num_layers: 4}", "model.num_layers=3"], "give this key, too. Keep one of them"),
+            (
+                ["model={num_layers: 2},{num_layers: 4}", "model={num_layers: 3, embed_dim: 32}"],
+                "give model.num_layers, too",
+            ),
+            (
+                ["model={ffn: {hidden_dim: 2}},{ffn: {hidden_dim: 4}}", "model.ffn={hidden_dim: 3}"],
+                "give model.ffn.hid",
+            ),
+            (["model={num_layers: 2},{num_layers: 4}", "model.num_layers=1,3"], "give this key, too"),
             (["model={num_layers: 2},{num_layers: 4}"] * 2, "gives model.num_layers, as override model="),
             (["model={num_layers: 2},{embed_dim: 64}"], "must give the same keys, and not all of them give model.em"),
             (["model={num_layer: 2},{num_layer: 4}"], "Did you mean model.num_layers?"),
