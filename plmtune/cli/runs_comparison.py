@@ -191,7 +191,7 @@ def _correlations(found: Correlations, score: Score) -> list[Table | str]:
             "together share a correlation."
         )
     if found.no_numbers:
-        blocks.append(f"They differ, and are no numbers: {', '.join(found.no_numbers)}.")
+        blocks.append(f"These keys differ, too, but their values are not numbers: {', '.join(found.no_numbers)}.")
     return blocks
 
 

@@ -11,16 +11,25 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from plmtune.errors import UserError, did_you_mean
 from plmtune.io.atomic import write_atomically
 from plmtune.io.run_summary import Summary, config_of, newest_metrics, summarize
+from plmtune.io.untrusted import load_yaml
 
 SCORE, SPEED = "score", "speed"
 LAYERS, WIDTH, FFN = "model.num_layers", "model.embed_dim", "model.ffn.hidden_dim"
 FEWEST = 4  # runs of a correlation
 # Keys that say where a run is or how it began, not what it trains.
 _OWN = ("run_dir", "resume", "name", "recipe", "force", "allow_data_change")
-_LOWER_IS_BETTER = re.compile(r"loss|bits_per_byte|perplexity|\bppl\b|entropy|\bkl\b|nats")
+_LOWER_IS_BETTER = re.compile(
+    r"loss|bits_per_byte|perplexity|entropy|divergence|difference|brier|error|seconds|"
+    r"(?<![a-z])(?:ppl|kl|nll|nats|wer|cer|ter)(?![a-z])"
+)
+# Dictionaries of a config whose names the user chooses: of components, and of other values.
+OF_COMPONENTS = ("data.sources", "logger.loggers")
+OF_VALUES = ("init_changes", "quantization.rules")
 _FILTER = re.compile(r"\s*([^=<>!]+?)\s*(>=|<=|!=|=|>|<)\s*(.*?)\s*", re.DOTALL)
 _DRAWS = 20_000
 
@@ -85,16 +94,21 @@ def read_rows(paths: Sequence[Path]) -> list[Row]:
     rows = []
     for path in paths:
         summary, config = summarize(path), config_of(path)
-        values = {**config, **newest_metrics(path / "metrics.jsonl"), **asdict(summary), "run": summary.path}
+        logged = newest_metrics(path / "metrics.jsonl")
+        values = {**logged, **asdict(summary), "run": summary.path, "training_loss": logged.get("loss")}
         hidden, width = number(config.get(FFN)), number(summary.width)
         values["ffn_ratio"] = hidden / width if hidden and width else None
-        rows.append(Row(summary, config, {key: value for key, value in values.items() if value is not None}))
+        known = {key: value for key, value in values.items() if value is not None}
+        rows.append(Row(summary, config, config | known))
     return rows
 
 
 def set_score(rows: Sequence[Row], score: Score) -> None:
     """Give each row its score, and refuse a key that no run has."""
     check_key(rows, score.key, "--score")
+    if score.key == "loss" and any("training_loss" in row.values for row in rows):
+        # In the table it is what a run has of the two, which are not to be compared with each other.
+        raise UserError("--score loss: write validation_loss, or training_loss for the newest that a run logged.")
     for row in rows:
         found = number(row.values.get(score.key))
         if found is not None:
@@ -102,7 +116,8 @@ def set_score(rows: Sequence[Row], score: Score) -> None:
 
 
 def check_key(rows: Sequence[Row], key: str, flag: str) -> None:
-    known = {name for row in rows for name in row.values}
+    nulls = flag == "--filter"
+    known = {name for row in rows for name, value in row.values.items() if nulls or value is not None}
     if key not in known:
         if key in (SPEED, SCORE):
             raise UserError(f"{flag} {key}: no run has one here. Give --{'device' if key == SPEED else 'score'}.")
@@ -123,18 +138,36 @@ def keep(rows: Sequence[Row], text: str) -> list[Row]:
     compared = _as_number(wanted)
     if sign[0] in "<>" and compared is None:
         raise UserError(f"--filter {text!r:.200}: {wanted!r:.80} is no number, which {sign} needs.")
-    return [row for row in rows if key in row.values and _holds(row.values[key], sign, wanted, compared)]
+    same = _read(wanted)
+    return [row for row in rows if key in row.values and _holds(row.values[key], sign, wanted, same, compared)]
 
 
-def _holds(value: Any, sign: str, wanted: str, compared: float | None) -> bool:
+def _read(text: str) -> Any:
+    """A value as a config has it: a number, true, null or a list; what is no YAML is a text."""
+    try:
+        return load_yaml(text) if text else text
+    except yaml.YAMLError:
+        return text
+
+
+def _holds(value: Any, sign: str, wanted: str, same: Any, compared: float | None) -> bool:
     own = number(value)
     if sign in ("=", "!="):
-        same = own == compared if own is not None and compared is not None else _text(value) == wanted
-        return same == (sign == "=")
+        return (_equal(value, same) or _text(value) == wanted) == (sign == "=")
     if own is None or compared is None:
         return False
     above, equal = own > compared, own == compared
     return (above if sign[0] == ">" else not (above or equal)) or (equal and sign.endswith("="))
+
+
+def _equal(value: Any, wanted: Any) -> bool:
+    if isinstance(value, list) and isinstance(wanted, list):
+        return len(value) == len(wanted) and all(map(_equal, value, wanted))
+    if isinstance(value, dict) and isinstance(wanted, dict):
+        return value.keys() == wanted.keys() and all(_equal(value[key], wanted[key]) for key in value)
+    if (own := number(value)) is not None:  # 1e-4 is a text in YAML
+        return own == (_as_number(wanted) if isinstance(wanted, str) else number(wanted))
+    return type(value) is type(wanted) and bool(value == wanted)
 
 
 def _as_number(text: str) -> float | None:
@@ -156,7 +189,7 @@ def sort(rows: Sequence[Row], text: str) -> list[Row]:
     check_key(rows, key, "--sort")
 
     def kind(row: Row) -> int:
-        return 2 if key not in row.values else 0 if number(row.values[key]) is not None else 1
+        return 2 if row.values.get(key) is None else 0 if number(row.values[key]) is not None else 1
 
     def place(row: Row) -> tuple[float, str]:
         value = row.values.get(key)
@@ -166,12 +199,28 @@ def sort(rows: Sequence[Row], text: str) -> list[Row]:
 
 
 def varied(rows: Sequence[Row]) -> list[str]:
-    """Keys of configs with several values. A run that has no such key, as one of an earlier version, does not count."""
-    values: dict[str, set[str]] = {}
+    """Keys of configs with several values.
+
+    A run that has no such key, as one of an earlier version, does not count, unless it is in a dictionary whose names
+    the user chooses, such as ``data.sources``: there absence is a value.
+    """
+    values: dict[str, set[str]] = {key: set() for row in rows for key in row.config}
     for row in rows:
-        for key, value in row.config.items():
-            values.setdefault(key, set()).add(repr(value))
+        names = {name for key in row.config if (name := _chosen_name(key)) is not None}
+        for key, found in values.items():
+            if key in row.config:
+                found.add(repr(row.config[key]))
+            elif (name := _chosen_name(key)) is not None and name not in names:
+                found.add("absent")
     return [key for key, found in values.items() if len(found) > 1 and key not in _OWN]
+
+
+def _chosen_name(key: str) -> str | None:
+    """The part of a key up to the name that the user chose; None if it has no such name."""
+    if any(key.startswith(f"{place}.") for place in OF_VALUES):
+        return key
+    place = next((place for place in OF_COMPONENTS if key.startswith(f"{place}.")), None)
+    return None if place is None else f"{place}.{key.removeprefix(f'{place}.').partition('.')[0]}"
 
 
 @dataclass
@@ -285,11 +334,14 @@ def by_chance(count: int) -> float | None:
 
 
 def front(found: Sequence[Group], score: Score) -> list[Group]:
-    """The groups of which no other is as fast and as good and better in one; the fastest first."""
+    """The groups of which no other is as fast and as good and better in one; the fastest first. Ties are all there."""
     sign = 1 if score.lower_is_better else -1
     best: list[Group] = []
     for group in sorted(found, key=lambda one: (-(one.speed or 0.0), sign * one.score)):
-        if group.speed is not None and (not best or sign * group.score < sign * best[-1].score):
+        if group.speed is None:
+            continue
+        tie = best and (group.speed, group.score) == (best[-1].speed, best[-1].score)
+        if not best or tie or sign * group.score < sign * best[-1].score:
             best.append(group)
     return best
 

@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 import yaml
 
+from plmtune.config.schema import component_keys
+from plmtune.config.signatures import dict_keys
 from plmtune.errors import UserError
 from plmtune.io.run_comparison import (
+    OF_COMPONENTS,
+    OF_VALUES,
     Row,
     Score,
     by_chance,
@@ -26,6 +30,7 @@ from plmtune.io.run_comparison import (
 )
 from plmtune.io.run_directory import RunDirectory
 from plmtune.io.run_plot import draw_runs, drawn
+from plmtune.registry import describe_components, keys_of
 
 LOSS = Score.parse("validation_loss")
 
@@ -35,6 +40,8 @@ def make(folder: Path, number: int, *, layers: int, loss: float | None, status: 
     model = {"component": "plm", "num_layers": layers, "embed_dim": 256 // layers, "ffn": {"component": "squared_relu"}}
     model["ffn"]["hidden_dim"] = 2 * model["embed_dim"] + 32 * (number % 2)
     config = {"recipe": "pretrain", "seed": 1, "model": model, "ema": False, "data": "stdlib", **keys}
+    betas = {0: [0.9, 0.99], 5: [0.9, 0.99], 4: [0.9, 1e-4], 6: 1}.get(number)
+    config = {"betas": betas, "init_from": None, "lr": 0.0001} | config
     path = folder / str(number)
     with RunDirectory.create(path, yaml.safe_dump(config), ["plmtune"]) as run:
         run.update(parameters=1000 + number, num_steps=10)
@@ -90,6 +97,16 @@ class TestRows:
             ("model.num_layers=2.0", "16"),
             ("ema=false", "0123456"),
             ("data=files", "6"),
+            ("ema=False", "0123456"),
+            ("betas=[0.9,0.99]", "05"),
+            ("betas = [0.9, 0.99]", "05"),
+            ("betas=null", "123"),
+            ("betas!=[0.9,0.99]", "12346"),
+            ("init_from=null", "0123456"),
+            ("init_from!=a", "0123456"),
+            ("lr=1e-4", "0123456"),
+            ("lr=true", ""),
+            ("training_loss=3", "0123456"),
         ],
     )
     def test_filters(self, rows: list[Row], text: str, numbers: str) -> None:
@@ -112,6 +129,8 @@ class TestRows:
             (lambda rows: keep(rows, "layers"), "write KEY=VALUE"),
             (lambda rows: sort(rows, "validaton_loss"), r"Did you mean validation_loss\?"),
             (lambda rows: sort(rows, "speed"), "Give --device"),
+            (lambda rows: set_score(rows, Score.parse("loss")), "write validation_loss, or training_loss"),
+            (lambda rows: set_score(rows, Score.parse("init_from")), "no run has such a key or metric"),
             (lambda rows: set_score(rows, Score.parse("eval/arc_easy/acc_norm")), "Did you mean eval/arc_easy/acc?"),
         ],
     )
@@ -139,6 +158,8 @@ class TestScore:
             ("eval/arc_easy/acc_norm", False),
             ("eval/x/f1:min", True),
             ("loss:max", False),
+            *((key, True) for key in ("divergence", "hidden_difference", "val_ppl", "chosen_nll", "nll", "eval/x/ppl")),
+            *((key, False) for key in ("tokens_per_second", "eval/x/applause", "eval/x/bleu", "margin")),
         ],
     )
     def test_says_which_way_is_better(self, text: str, lower: bool) -> None:
@@ -179,11 +200,36 @@ class TestCorrelations:
         assert [group.score for group in groups(rows)] == [2.5, 3.5, 5.5, 9.5]
         assert "a_key_of_a_later_version" not in varied(rows)
 
+    def test_runs_on_other_data_are_no_seeds(self, tmp_path: Path) -> None:
+        few = {"component": "files", "paths": ["a"]}
+        both = {"few": few, "many": few | {"paths": ["b"]}}
+        later = {"few": few | {"a_key_of_a_later_version": 1}}
+        configs = [{"data": {"component": "mix", "sources": one}} for one in ({"few": few}, both, later)]
+        configs.append(configs[0] | {"init_changes": {"ffn": "siaf"}})
+        paths = []
+        for n, keys in enumerate(configs):
+            paths += [make(tmp_path / f"{n}{s}", 1, layers=2, loss=float(n), seed=s, **keys) for s in (1, 2)]
+        rows = read_rows(paths)
+        set_score(rows, LOSS)
+        found = [[int(row.score or 0) for row in group.rows] for group in groups(rows)]
+        assert found == [[0, 0, 2, 2], [1, 1], [3, 3]]
+        assert {"data.sources.many.paths", "init_changes.ffn"} <= {*varied(rows)}
+
+    def test_dictionaries_whose_names_the_user_chooses_are_those_of_the_configs(self) -> None:
+        rules = {
+            f"{group}.{key.name}"
+            for group in component_keys()
+            for name in describe_components().get(group, {})
+            for key in keys_of(group, name).values()
+            if str(key.type).startswith("dict[")
+        }
+        assert {*OF_COMPONENTS, *OF_VALUES} == dict_keys() | rules
+
     def test_keys_that_are_no_numbers_are_named(self, tmp_path: Path) -> None:
         kinds = ["files", "stdlib", "files", "stdlib"]
         rows = read_rows([make(tmp_path, n, layers=n + 1, loss=2.0 + n, data=kind) for n, kind in enumerate(kinds)])
         set_score(rows, LOSS)
-        assert correlate(rows).no_numbers == ["data"] and "data" in varied(rows)
+        assert correlate(rows).no_numbers == ["betas", "data"] and "data" in varied(rows)
 
     def test_what_chance_gives_is_the_quantile_of_permutations(self) -> None:
         found = by_chance(9)
@@ -200,6 +246,11 @@ class TestFront:
         set_score(rows, accuracy)
         best = front(groups(rows), accuracy)
         assert [Path(group.rows[0].summary.path).name for group in best] == ["6", "2", "3", "4"]
+
+    def test_ties_are_all_there(self, rows: list[Row]) -> None:
+        for row, (speed, score) in zip(rows[:4], [(9.0, 2.0), (9.0, 2.0), (9.0, 3.0), (8.0, 2.0)], strict=True):
+            row.values |= {"speed": speed, "score": score}
+        assert [group.rows[0] for group in front(groups(rows[:4]), LOSS)] == rows[:2]
 
     def test_the_plot_has_the_runs_that_count(self, rows: list[Row], tmp_path: Path) -> None:
         for row in rows:
