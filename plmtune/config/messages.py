@@ -227,6 +227,9 @@ def explain(error: Exception, given: Given) -> UserError:
             said = "needs a table of its keys"
         elif not value.startswith("{"):
             said += f". Write {shlex.quote(f'{key}=[{value}]')}"
+    if said == "needs a table of its keys":
+        inner = [name for name in _all_keys(base, frozenset(SCHEMAS.values())) if name.startswith(f"{key}.")]
+        said += f": {', '.join(inner[:8])}" if inner else ""
     where = place(key)
     return UserError(f"{where}key {key}: {said}." if key and said else f"{where}{chain[-1].splitlines()[0]:.300}")
 

@@ -103,11 +103,16 @@ def differences(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]
     return found
 
 
+_MOVABLE = ("distillation.teacher", "distillation.cache")  # places, whose contents a run checks itself
+
+
 def refuse_other_config(path: Path, before: RunConfig, now: RunConfig) -> None:
     """Refuse a config with which the run at `path` would learn something else than with its own."""
     mutable = (*_resume_mutable(now), *(DATA if now.allow_data_change else ()), *keys_from_init_checkpoint(now))
     for key, (old, new) in differences(before, now).items():
         top = key.partition(".")[0]
+        if key in _MOVABLE and None not in (old, new):
+            continue
         if top not in mutable and resolve_links(new) != old and not hub.is_pin(old, new):
             way = "start a new run" + (f" from its weights: init_from={path}" if hasattr(now, "init_from") else "")
             way = "give allow_data_change=true (--allow-data-change)" if top in DATA else way

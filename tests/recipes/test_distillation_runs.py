@@ -79,6 +79,20 @@ def test_a_stopped_run_resumes_to_the_same_weights(place: Path, whole: Path, mon
     assert metrics(place / "run") == metrics(place / "undisturbed")
 
 
+def test_a_teacher_that_was_moved_is_named_where_it_is(
+    place: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(whole, place / "teacher")
+    stop_at(monkeypatch, 5, "run_dir=run", *DISTIL, "distillation.teacher=teacher")
+    (place / "teacher").rename(place / "moved")
+    with pytest.raises(UserError, match="teacher"):
+        plmtune("resume", "run")
+    with pytest.raises(UserError, match="teacher"):
+        plmtune("resume", "run", "distillation.teacher=null")
+    plmtune("resume", "run", "distillation.teacher=moved")
+    assert metrics(place / "run")[-1]["step"] == 12
+
+
 def test_a_teacher_that_changed_meanwhile_is_refused(place: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(whole, place / "teacher")
     stop_at(monkeypatch, 5, "run_dir=run", *DISTIL, "distillation.teacher=teacher")
