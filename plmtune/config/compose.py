@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from plmtune.config.builtin import builtin_folder
 from plmtune.config.messages import UNUSED, Given, explain
-from plmtune.config.override_checks import as_typed, check_overrides
+from plmtune.config.override_checks import as_typed, check_overrides, parse
 from plmtune.config.primary import PRIMARY, store_primary
 from plmtune.config.signatures import store_components
 from plmtune.config.typed_config import from_plain
@@ -107,7 +107,9 @@ def multirun(
             if not isinstance(done._return_value, UserError):
                 raise done._return_value
             number = done.hydra_cfg.hydra.job.num if done.hydra_cfg else "?"
-            own = [as_typed(text) for text in done.overrides or () if text not in checked]
+            # Hydra writes tables in another way than they were typed, so keys are compared.
+            same = {text.partition("=")[0] for text in checked if not parse(text).is_sweep_override()}
+            own = [as_typed(text) for text in done.overrides or () if text.partition("=")[0] not in same]
             raise UserError(f"job {number} ({', '.join(own)}): {done._return_value}") from done._return_value
 
         settings = ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none",

@@ -290,7 +290,10 @@ MODELS_AND_DATA = [
     ("plan plm_20m --runtime vllm", "There is no runtime vllm. Known: llama.cpp, plmtune"),
     ("plan plm_20m --context lots", "--context: 'lots' must be numbers of tokens with commas"),
     ("plan plm_20m --json x.txt", "x.txt: must be a .json file in a folder that is there"),
-    ("plan plm_20m --sweep --tolerance lots", "--tolerance lots: must be a share of the parameters, such as 2% or"),
+    (
+        "plan plm_20m --sweep --tolerance lots",
+        "--tolerance lots: must be a share of the parameters, above 0",
+    ),
     ("plan plm_20m --shapes 4", "--shapes counts with --sweep, at equal parameters"),
     ("runs . --scheme int8", "--scheme counts with --device"),
     ("merge nowhere out", "There is no nowhere"),

@@ -274,7 +274,7 @@ class TestCommands:
         steps, sizes = "phases=[{name: main, steps: 2}]", "micro_batch_size=1,1000000"
         sweep = ("run", "-m", "pretrain", *SMALL, steps, sizes, "global_batch_size=1000000")
         assert ends_with(*sweep) == 2
-        assert "job 1 (micro_batch_size=1000000, " in (said := capsys.readouterr().err) and "does not fit here" in said
+        assert "job 1 (micro_batch_size=1000000): " in (said := capsys.readouterr().err) and "does not fit here" in said
         assert not list(place.glob("runs/multirun/*"))
 
     def test_multirun_runs_each_value_in_its_own_directory_and_lists_them(self, place: Path, capsys: Any) -> None:
