@@ -25,6 +25,7 @@ ALLOWED: dict[str, str] = {
     "losses": "registry",
     "sandbox": "io",
     "modules": "registry",
+    "parallel": "",
     "optim": "registry modules",
     "tokenizers": "io registry",
     "native": "io modules",

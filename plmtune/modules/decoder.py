@@ -50,6 +50,11 @@ class DecoderLayer(nn.Module):
         self.post_ffn_norm = norm() if post_norms else None
         self.residual_scale = residual_scale
 
+    def parallel_plan(self) -> dict[str, str]:
+        """How tensor parallelism divides it, see `parallel.plan`: tokens between attention and ffn."""
+        norms = dict.fromkeys(("attention_norm", "ffn_norm", "post_attention_norm", "post_ffn_norm"), "sequence")
+        return {**norms, "attention": "gather", "ffn": "gather"}
+
     def compile(self, *args: Any, **settings: Any) -> None:
         """Compile this layer: `torch.nn.Module.compile`."""
         mark_for_compile()
@@ -185,6 +190,12 @@ class Decoder(nn.Module):
         if not tie_embeddings:
             self.output = nn.Linear(embed_dim, vocab_size, bias=False)
         self.init_weights()
+
+    def parallel_plan(self) -> dict[str, str]:
+        """How tensor parallelism divides it, see `parallel.plan`: the vocabulary."""
+        tables = {"tok_embeddings": "embedding", "pos_embeddings": "embedding", "query_embeddings": "embedding_whole"}
+        values = {f"value_embeddings.{index}": "embedding_width" for index in self.value_embeddings or ()}
+        return {**tables, **values, "norm": "sequence", "output": "head"}
 
     def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Decoder:
         """Allocate weights that were on the meta device; as torch's own, which imports sympy: half a CPU second."""

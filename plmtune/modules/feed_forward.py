@@ -75,6 +75,10 @@ class SquaredReLU(nn.Module):
             down.weight.data = weight.t().contiguous().t() if on else weight.contiguous()  # an optimizer's, too
         self._sparse = on
 
+    def parallel_plan(self) -> dict[str, str]:
+        """How tensor parallelism divides it, see `parallel.plan`: by columns of the hidden width."""
+        return {"up_proj": "colwise", "down_proj": "rowwise"}
+
     def forward(self, x: Tensor) -> Tensor:
         up = self.up_proj(x)
         hidden: Tensor = SquareOfReLU.apply(up) if torch.is_grad_enabled() else F.relu(up).square_()
@@ -114,6 +118,10 @@ class _Gated(nn.Module):
         self.gate_proj = Linear(embed_dim, hidden_dim, bias=False)
         self.up_proj = Linear(embed_dim, hidden_dim, bias=False)
         self.down_proj = Linear(hidden_dim, embed_dim, bias=False)
+
+    def parallel_plan(self) -> dict[str, str]:
+        """How tensor parallelism divides it, see `parallel.plan`: by columns of the hidden width."""
+        return {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
 
 
 @register("ffn", "swiglu")
@@ -161,6 +169,10 @@ class GELU(nn.Module):
         self.approximate = approximate
         self.up_proj = Linear(embed_dim, hidden_dim, bias=bias)
         self.down_proj = Linear(hidden_dim, embed_dim, bias=bias)
+
+    def parallel_plan(self) -> dict[str, str]:
+        """How tensor parallelism divides it, see `parallel.plan`: by columns of the hidden width."""
+        return {"up_proj": "colwise", "down_proj": "rowwise"}
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.gelu(self.up_proj(x), approximate=self.approximate))

@@ -125,6 +125,17 @@ class GroupedQueryAttention(nn.Module):
                 self.rope_dim, max_seq_len, theta=rope_theta, interleaved=rope_interleaved, scaling=rope_scaling()
             )
 
+    def parallel_plan(self) -> dict[str, str]:
+        """How tensor parallelism divides it, see `parallel.plan`: by heads."""
+        projections = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise")
+        return {
+            **projections,
+            "o_proj": "rowwise",
+            "q_norm": "heads",
+            "k_norm": "heads",
+            "value_gate": "parameter_rows",
+        }
+
     def head_shapes(self) -> tuple[tuple[int, int], ...]:
         """(heads, width) of queries, keys and values."""
         return (self.num_heads, self.head_dim), (self.num_kv_heads, self.head_dim), (self.num_kv_heads, self.head_dim)

@@ -105,6 +105,11 @@ class MultiHeadLatentAttention(nn.Module):
             qk_rope_head_dim, max_seq_len, theta=rope_theta, interleaved=rope_interleaved, scaling=scaling
         )
 
+    def parallel_plan(self) -> dict[str, str]:
+        """How tensor parallelism divides it, see `parallel.plan`: by heads; the latents are whole on every process."""
+        latents = dict.fromkeys(("q_a_proj", "q_a_norm", "kv_a_proj", "kv_a_norm"), "replicate")
+        return {**latents, "q_proj": "colwise", "q_b_proj": "colwise", "kv_b_proj": "colwise", "o_proj": "rowwise"}
+
     def head_shapes(self) -> tuple[tuple[int, int], ...]:
         """(heads, width) of queries, keys and values, as attention over several tokens sees them."""
         qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim

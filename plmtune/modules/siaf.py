@@ -71,6 +71,11 @@ class SIAF(nn.Module):
         self.series_bias = nn.Parameter(torch.empty(num_terms))
         self.initial = {"series_scale": (1.0, *[0.0] * (num_terms - 1)), "series_bias": 0.0}
 
+    def parallel_plan(self) -> dict[str, str]:
+        """How tensor parallelism divides it, see `parallel.plan`: by columns of the hidden width."""
+        projections = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+        return {**projections, "series_scale": "parameter_whole", "series_bias": "parameter_whole"}
+
     @staticmethod
     def extends(component: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
         """The settings with which the layer starts equal to another FFN; None: with none."""
