@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -91,4 +92,4 @@ def layers_of_stages(num_layers: int, num_stages: int) -> list[range]:
     ends = [0]
     for stage in range(num_stages):
         ends.append(ends[-1] + least + (first_longer <= stage < first_longer + more))
-    return [range(start, end) for start, end in zip(ends, ends[1:], strict=False)]
+    return [range(start, end) for start, end in itertools.pairwise(ends)]
