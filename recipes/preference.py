@@ -259,7 +259,7 @@ class Preference:
         norm = runtime.clip_grad_norm(self.model, self.cfg.max_grad_norm)
         # The only wait for the device. All ranks get equal numbers, so their guards reach equal decisions.
         total, norms = runtime.sum(torch.stack(losses).sum(), norm)
-        values = {"loss": total / num_pairs, "grad_norm": norms / runtime.world_size}
+        values = {"loss": total / num_pairs, "grad_norm": norms / runtime.gradient_scale}
         if self.guard.accepts(values["loss"], values["grad_norm"], losses):
             self.optimizer.step()
         else:

@@ -86,7 +86,7 @@ class Pretrain:
         self.notes = [f"{name}{left}" for name, shard in shards.items() if (left := shard.manifest.left_out())]
         train, held_out = open_windows(shards, cfg.seq_len, document_mask=cfg.document_mask)
         self.data = open_batches(cfg, runtime, train, plan.phases, held_out, self.skip)
-        self.model = plan.model.to_empty(device=runtime.device)
+        self.model = runtime.allocate(plan.model)
         self.model.activation_checkpointing = cfg.runtime.activation_checkpointing
         drawn = build("init", cfg.init) if cfg.init else None
         self.model.init_weights(torch.Generator().manual_seed(cfg.seed), drawn)
@@ -204,7 +204,7 @@ class Pretrain:
         # The only wait for the device. All ranks get equal numbers, so their guards reach equal decisions.
         distilled = self.teacher.take_terms() if self.teacher else ()
         total, norms, *terms = runtime.sum(torch.stack(losses).sum(), norm, *distilled)
-        values = {"loss": total / num_tokens, "grad_norm": norms / runtime.world_size}
+        values = {"loss": total / num_tokens, "grad_norm": norms / runtime.gradient_scale}
         values |= {name: term / num_tokens for name, term in zip(TERMS, terms, strict=False)}
         if self.guard.accepts(values["loss"], values["grad_norm"], losses):
             self.optimizer.step()

@@ -181,7 +181,7 @@ class Sft:
         # The only wait for the device. All ranks get equal numbers, so their guards reach equal decisions.
         distilled = self.teacher.take_terms() if self.teacher else ()
         total, norms, *terms = runtime.sum(torch.stack(losses).sum(), norm, *distilled)
-        values = {"loss": total / num_tokens, "grad_norm": norms / runtime.world_size}
+        values = {"loss": total / num_tokens, "grad_norm": norms / runtime.gradient_scale}
         values |= {name: term / num_tokens for name, term in zip(TERMS, terms, strict=False)}
         if self.guard.accepts(values["loss"], values["grad_norm"], losses):
             self.optimizer.step()

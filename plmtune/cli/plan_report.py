@@ -254,7 +254,7 @@ def predict_training(cfg: TrainingConfig, train_on: str) -> dict[str, Any]:
         raise UserError(f"--train-on {train_on}: says no training_gflop_s. Take h200 or rtx_3090, or a file that does.")
     dtype = torch.float32 if cfg.runtime.precision == "fp32" else torch.bfloat16
     recipe = importlib.import_module(f"plmtune.recipes.{cfg.recipe}")
-    found = recipe.plan(cfg, Runtime(torch.device("cpu"), dtype, "none"))
+    found = recipe.plan(cfg, Runtime(torch.device("cpu"), dtype))
     estimate = replace(found.estimate, process=0, save=0)  # which a GPU's host holds
     memory = estimate.total
     tokens = found.num_steps * found.tokens_per_step

@@ -23,6 +23,7 @@ from plmtune.config.sections import (
     MaskConfig,
     MultiRoundConfig,
     Number,
+    ParallelConfig,
     PhaseConfig,
     PreparationConfig,
     PretrainValidationConfig,
@@ -64,6 +65,7 @@ class TrainingConfig(RunConfig):
     max_grad_norm: Number = 1.0
     log_every: Size = 10
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     eval: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -76,6 +76,24 @@ class RuntimeConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """How many processes each dimension has; their product is the number of processes."""
+
+    dp_replicate: Size | None = None  # copies of the model; null: what dp_shard leaves
+    dp_shard: Size | None = None  # processes that share a copy's weights and moments; null: what the others leave
+    tp: Size = 1  # tensor and sequence parallelism
+    pp: Size = 1  # pipeline stages
+    cp: Size = 1  # context parallelism: parts of each sequence
+    schedule: Literal["1f1b", "interleaved_1f1b", "zbv"] = "1f1b"  # of a pipeline's micro-batches
+    reshard_after_forward: bool = True  # free gathered weights before the backward; a pipeline keeps them
+
+    def check(self) -> None:
+        """Refuse a schedule without a pipeline."""
+        if self.schedule != "1f1b" and self.pp == 1:
+            raise ValueError(f"schedule={self.schedule} orders the micro-batches of a pipeline: give pp=2, or more")
+
+
+@dataclass
 class PreparationConfig:
     """How text becomes token shards."""
 

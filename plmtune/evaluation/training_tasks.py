@@ -22,7 +22,7 @@ def open_evaluations(
     """
     if not cfg.tasks:
         return None
-    if strategy in ("fsdp", "hsdp"):
+    if strategy not in ("none", "ddp"):
         raise UserError(
             f"key eval.tasks: tasks are measured on whole models, not under {strategy}: strategy=ddp, or "
             "plmtune eval afterwards."

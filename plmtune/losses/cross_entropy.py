@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from plmtune.modules.sharding import full_tensor, is_sharded
 from plmtune.ranges import AT_LEAST_1, WEIGHT, check
 from plmtune.registry import register
 
 IGNORE = -100  # targets that count for nothing: padding, prompts, document borders
 
 Loss = Callable[..., Tensor]
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 @register("loss", "cross_entropy")
@@ -50,6 +54,9 @@ def cross_entropy(*, chunk_rows: int = 1024, z_loss: float = 0.0) -> Loss:
         if torch.is_autocast_enabled(device):
             hidden = hidden.to(torch.get_autocast_dtype(device))
         z = z_loss if torch.is_grad_enabled() else 0.0
+        if is_sharded(weight):
+            parallel: Tensor = LossParallel.apply(hidden, weight, targets, chunk_rows, soft_cap, z)
+            return parallel
         if hidden.dtype in (torch.bfloat16, torch.float16) or soft_cap is not None or z:
             result: Tensor = ChunkedLoss.apply(hidden, weight, targets, chunk_rows, soft_cap, z)
             return result
@@ -134,3 +141,57 @@ class ChunkedLoss(torch.autograd.Function):
             None if grad_weight is None else grad_weight.mul_(upstream).to(ctx.weight_dtype),
             *(None,) * 4,
         )
+
+
+class LossParallel(torch.autograd.Function):
+    """The same where tensor parallelism divides the vocabulary: no process holds a row's logits whole.
+
+    hidden and targets are equal on every process of the weight's mesh, and so is the result. Gradients are made in the
+    forward, as above: torch's `loss_parallel` must be on in both directions.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: DTensor,
+        targets: Tensor,
+        chunk_rows: int,
+        soft_cap: float | None,
+        z_loss: float,
+    ) -> Tensor:
+        from torch.distributed.tensor import DTensor, Replicate
+        from torch.distributed.tensor.parallel import loss_parallel
+
+        mesh, whole = weight.device_mesh, [Replicate()]
+        needs_grad = any(ctx.needs_input_grad)
+        w = weight.detach().to(hidden.dtype).requires_grad_(needs_grad)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+        for start in range(0, len(targets), chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            local = hidden[rows].detach().requires_grad_(needs_grad)
+            target = DTensor.from_local(targets[rows], mesh, whole, run_check=False)
+            with torch.set_grad_enabled(needs_grad), loss_parallel():
+                x = DTensor.from_local(local, mesh, whole, run_check=False)
+                logits = capped(F.linear(x, w), soft_cap)[0].float()  # [c, v / tp] on each process
+                part = F.cross_entropy(logits, target, reduction="sum", ignore_index=IGNORE)
+                if z_loss:
+                    log_z = torch.logsumexp(logits, 1)  # [c]
+                    part = part + z_loss * (log_z.square() * (target != IGNORE)).sum()
+                if needs_grad:
+                    of_hidden, of_weight = torch.autograd.grad(part, (local, w))
+                    assert grad_hidden is not None and grad_weight is not None
+                    grad_hidden[rows] = of_hidden
+                    grad_weight += of_weight
+            total += full_tensor(part.detach())
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden.mul_(upstream), grad_weight.mul_(upstream).to(ctx.weight_dtype), *(None,) * 4

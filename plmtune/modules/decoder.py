@@ -17,6 +17,7 @@ from plmtune.modules.norm import autocast_active
 from plmtune.modules.peft import effective_weight
 from plmtune.modules.quantized import Quantized, QuantizedEmbedding, QuantizedLinear
 from plmtune.modules.segments import Segments
+from plmtune.modules.sharding import is_sharded
 from plmtune.ranges import WIDTH, Range, check
 
 _NOT_COMPUTED = ("training", "activation_checkpointing", "observe")
@@ -195,11 +196,17 @@ class Decoder(nn.Module):
         """How tensor parallelism divides it, see `parallel.plan`: the vocabulary."""
         tables = {"tok_embeddings": "embedding", "pos_embeddings": "embedding", "query_embeddings": "embedding_whole"}
         values = {f"value_embeddings.{index}": "embedding_width" for index in self.value_embeddings or ()}
-        return {**tables, **values, "norm": "sequence", "output": "head"}
+        return {**tables, **values, "norm": "sequence_gather", "output": "head"}
 
     def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Decoder:
         """Allocate weights that were on the meta device; as torch's own, which imports sympy: half a CPU second."""
-        return self._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device), recurse=recurse)
+
+        def empty(t: Tensor) -> Tensor:
+            if is_sharded(t):
+                return torch.empty_like(t, device=device)
+            return torch.empty(t.shape, dtype=t.dtype, device=device)
+
+        return self._apply(empty, recurse=recurse)
 
     def init_weights(self, generator: torch.Generator | None = None, init: Init | None = None) -> None:
         """Draw all matrices from N(0, init_std); set norms to factors of 1 and biases to 0.
@@ -379,7 +386,7 @@ class Decoder(nn.Module):
         """
         x = self.tok_embeddings(tokens)
         if self.pos_embeddings is not None:
-            x = x + self.pos_embeddings(_places(tokens, input_pos, start))
+            x = x + self.pos_embeddings(_places(tokens, input_pos, start).view(-1, tokens.shape[1]))  # [b or 1, s, d]
         if self.embed_scale != 1:
             x = x * torch.tensor(self.embed_scale, dtype=x.dtype).item()  # rounded first, as in transformers
         return _as_computed(x)

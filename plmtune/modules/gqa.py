@@ -13,6 +13,7 @@ from plmtune.modules.cache import LayerCache
 from plmtune.modules.linear import Linear
 from plmtune.modules.rope import RotaryEmbedding
 from plmtune.modules.segments import Segments
+from plmtune.modules.sharding import to_local
 from plmtune.modules.shortcut import add_shortcut
 from plmtune.ranges import WIDTH, Range, check
 from plmtune.registry import Component, component, register
@@ -181,7 +182,9 @@ class GroupedQueryAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.value_gate is not None:
             assert value is not None, "the decoder passes them"
-            gate = 2 * torch.sigmoid(F.linear(x[..., : self.value_gate.shape[1]], self.value_gate))  # [b, s, h / g]
+            gate = 2 * torch.sigmoid(
+                to_local(F.linear(x[..., : self.value_gate.shape[1]], self.value_gate))
+            )  # [b, s, h / g]
             v = v + gate[..., None] * value.view(b, s, -1, self.head_dim)
         q, k = (self._turn(part, input_pos, start).transpose(1, 2) for part in (q, k))
         v = v.transpose(1, 2)

@@ -14,6 +14,7 @@ from plmtune.modules.linear import Linear
 from plmtune.modules.peft import effective_weight
 from plmtune.modules.rope import RotaryEmbedding
 from plmtune.modules.segments import Segments
+from plmtune.modules.sharding import to_local, to_local_of_heads
 from plmtune.modules.shortcut import add_shortcut
 from plmtune.ranges import TINY, WIDTH, check
 from plmtune.registry import Component, component, register
@@ -141,8 +142,8 @@ class MultiHeadLatentAttention(nn.Module):
         q_nope, q_rope = q.split((self.qk_nope_head_dim, self.qk_rope_head_dim), dim=-1)
         q_rope = self.rope(q_rope, input_pos, start)  # [b, s, h, r]
         latent, k_rope = self.kv_a_proj(x).split((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)
-        latent = self.kv_a_norm(latent)  # [b, s, c]
-        k_rope = self.rope(k_rope[:, :, None], input_pos, start)  # [b, s, 1, r]
+        latent = to_local(self.kv_a_norm(latent))  # [b, s, c]
+        k_rope = self.rope(to_local_of_heads(k_rope)[:, :, None], input_pos, start)  # [b, s, 1, r]
         if cache is not None:
             entry = torch.cat((latent, k_rope[:, :, 0]), dim=-1)  # [b, s, c + r]
             (kept,) = cache.append(entry[:, None])  # [b, 1, t, c + r]

@@ -26,6 +26,23 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
+def to_local(tensor: Tensor) -> Tensor:
+    """This process's part; every process's gradient by it is that of the same part."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def to_local_of_heads(tensor: Tensor) -> Tensor:
+    """A tensor that is whole on every process of tensor parallelism, and that each uses for its own heads or columns.
+
+    So each process's gradient by it is a part, and the sum of all is the gradient.
+    """
+    if not is_sharded(tensor):
+        return tensor
+    from torch.distributed.tensor import Partial
+
+    return tensor.to_local(grad_placements=[Partial() for _ in tensor.placements])
+
+
 def shard_like(value: Tensor, example: DTensor) -> DTensor:
     """This process's part of `value`, which every process holds whole, so that nothing is sent."""
     from torch.distributed.tensor import distribute_tensor

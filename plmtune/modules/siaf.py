@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from plmtune.modules.feed_forward import SquareOfReLU
 from plmtune.modules.linear import Linear
+from plmtune.modules.sharding import to_local_of_heads
 from plmtune.ranges import WIDTH, Range, check
 from plmtune.registry import register
 
@@ -92,7 +93,9 @@ class SIAF(nn.Module):
 
     def _series(self, x: Tensor) -> Tensor:
         # Numbers without dimensions leave autocast's dtype of x as it is.
-        terms = zip(self._terms, self.series_scale.unbind(), self.series_bias.unbind(), strict=True)
+        terms = zip(
+            self._terms, *(to_local_of_heads(p).unbind() for p in (self.series_scale, self.series_bias)), strict=True
+        )
         total, *others = (sigma(a * x + b) for sigma, a, b in terms)
         for term in others:
             total = total + term

@@ -53,6 +53,20 @@ class Layout:
         return self.dp_shard * self.cp
 
     @property
+    def whole_models(self) -> bool:
+        """Whether each process has a whole model and whole rows of its own: one process, or DDP."""
+        return self.num_processes == self.dp_replicate
+
+    @property
+    def strategy(self) -> str:
+        """none, ddp, fsdp or hsdp, where data parallelism is all; else the sizes."""
+        if self.tp * self.pp * self.cp > 1:
+            return str(self)
+        if self.whole_models:
+            return "none" if self.dp_replicate == 1 else "ddp"
+        return "fsdp" if self.dp_replicate == 1 else "hsdp"
+
+    @property
     def stages_per_rank(self) -> int:
         """Stages that one process of the pipeline holds."""
         return 1 if self.pp == 1 or self.schedule == "1f1b" else 2

@@ -8,6 +8,7 @@ Between layers each process has s / n tokens of hidden states.
                      the sequence
     replicate        whole weights, whole input and output on every process
     sequence         a norm over the tokens that the process has; whole weights
+    sequence_gather  the same, and its output is gathered to s tokens
     heads            a norm of each head; whole weights
     gather           no weights: the module's input, s / n tokens, is gathered to s
     embedding        rows of the table, [rows / n, width]; the output is reduce-scattered over the sequence
@@ -29,6 +30,7 @@ Style = Literal[
     "rowwise",
     "replicate",
     "sequence",
+    "sequence_gather",
     "heads",
     "gather",
     "embedding",

@@ -1,8 +1,4 @@
-"""Many processes: the process group, the device mesh, distributing a model, and exchanges between ranks.
-
-All code that depends on ranks is here, so that tensor and pipeline parallelism can be added as mesh dimensions
-without a change in a recipe, see docs/distributed.md.
-"""
+"""Many processes: the process group, distributing a model, and exchanges between ranks. See docs/distributed.md."""
 
 from __future__ import annotations
 
@@ -16,25 +12,25 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from plmtune.errors import UserError
 from plmtune.modules.sharding import is_sharded, shard_like
+from plmtune.parallel.divide import divide
+from plmtune.parallel.layout import Layout
+from plmtune.parallel.mesh import Processes
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
-
-Strategy = Literal["none", "ddp", "fsdp", "hsdp"]
 
 # After a failed exchange, how long a rank waits for the other ranks' reports.
 PEER_REPORT_SECONDS = 3.0
@@ -174,60 +170,50 @@ def _ranks(numbers: list[int]) -> str:
     return f"ranks {', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
 
 
-def data_mesh(device: torch.device, shard_size: int, timeout: timedelta) -> DeviceMesh:
-    """The mesh of processes; each process has its own rows of data.
+def refuse_unequal_machines(layout: Layout) -> None:
+    """Refuse machines with different numbers of processes, where neighbours of a layout shall be in one machine.
 
-    Dimension "shard" has `shard_size` processes that hold one copy of the model between them, "replicate" those with
-    the same part of it. A dimension of size one is left out.
-
-    Args:
-        timeout: of exchanges within a dimension; groups do not inherit it.
+    Every process must call it.
     """
-    everyone = dist.group.WORLD
-    assert everyone is not None
-    numbers = torch.arange(dist.get_world_size()).view(-1, shard_size)
-    if 1 in numbers.shape:
-        name = "replicate" if shard_size == 1 else "shard"
-        return DeviceMesh.from_group(everyone, device.type, mesh_dim_names=(name,))
-    replicate, _ = dist.new_subgroups_by_enumeration(numbers.T.tolist(), timeout=timeout)
-    shard, _ = dist.new_subgroups_by_enumeration(numbers.tolist(), timeout=timeout)
-    return DeviceMesh.from_group([replicate, shard], device.type, mesh=numbers, mesh_dim_names=("replicate", "shard"))
+    local = sorted({int(text) for text in gather_texts(os.environ.get("LOCAL_WORLD_SIZE", "0"))})
+    if len(local) > 1 and not layout.whole_models:
+        raise UserError(
+            f"key parallel: {layout} needs machines with equally many processes, and some have {local[0]}, others "
+            f"{local[-1]}. Give torchrun the same --nproc-per-node everywhere."
+        )
 
 
-def wrap(model: nn.Module, strategy: Strategy, mesh: DeviceMesh | None, dtype: torch.dtype) -> nn.Module:
-    """Distribute `model` over the processes of the mesh.
+def is_fsdp(processes: Processes | None) -> bool:
+    """Whether FSDP2 holds the parameters."""
+    return processes is not None and "shard" in (processes.mesh.mesh_dim_names or ())
+
+
+def wrap(model: nn.Module, processes: Processes | None, dtype: torch.dtype) -> nn.Module:
+    """Distribute `model` over the processes, as their layout says.
 
     Args:
-        model: on its device; every rank gets rank 0's values.
-        strategy: "ddp" replicates; "fsdp" shards parameters, gradients and optimizer state (FSDP2); "hsdp" does so
-            within the mesh's "shard" dimension and replicates along the other (HSDP).
-        mesh: of `data_mesh`; None for "none".
+        model: on its device; every rank gets rank 0's values. One that `parallel.divide` has divided stays as it is.
+        processes: None for one.
         dtype: what FSDP2 computes in; gradients are always reduced in fp32.
 
     Returns:
-        What to call: a DDP wrapper, or the same object under FSDP2.
+        What to call: a DDP wrapper, or the same object.
     """
-    if strategy == "none":
+    if processes is None:
         return model
-    assert mesh is not None
-    if strategy == "ddp":
+    if processes.layout.whole_models:
         return DistributedDataParallel(
             model,
-            process_group=mesh["replicate"].get_group(),
-            device_ids=[torch.cuda.current_device()] if mesh.device_type == "cuda" else None,
+            process_group=processes.tokens,
+            device_ids=[torch.cuda.current_device()] if processes.mesh.device_type == "cuda" else None,
             forward_sync_buffers=False,
             gradient_as_bucket_view=True,
         )
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # a CPU second
-
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            dist.broadcast(tensor, src=0)
-    policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
-    for layer in getattr(model, "layers", ()):
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    # The root stays whole between forward and backward: the loss reads the head's weight outside of forward.
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    if not any(is_sharded(parameter) for parameter in model.parameters()):
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                dist.broadcast(tensor, src=0)
+        divide(model, processes, dtype)
     return model
 
 

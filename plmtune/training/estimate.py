@@ -126,7 +126,7 @@ def estimate(
         optimizer: its name in the registry.
         seq_len: tokens of a row; all rows are taken to be full.
         micro_batch_size: rows of one forward on one process.
-        runtime: where the run would be; its `shard_size` divides weights, gradients and optimizer state.
+        runtime: where the run would be; the `shard_size` of its layout divides weights, gradients and optimizer state.
         micro_batches: of a step, on one process. With more than one, FSDP2 keeps parameters gathered and gradients
             whole between them (`distributed.accumulate`).
         masked: attention has a mask, which each layer keeps.
@@ -135,7 +135,7 @@ def estimate(
         teacher: of a distillation, on the meta device.
         ema: an average of the weights is kept.
     """
-    device, compute_dtype, shards = runtime.device, runtime.compute_dtype, runtime.shard_size
+    device, compute_dtype, shards = runtime.device, runtime.compute_dtype, runtime.layout.shard_size
     held: Any = model  # a Decoder, whose attributes mypy cannot see on a Module
     parameters = sum(p.numel() for p in model.parameters())
     embedding, head = held.tok_embeddings.weight, held.head_weight

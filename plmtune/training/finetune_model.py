@@ -131,7 +131,7 @@ def check_finetuning(model: Decoder, peft: Component | None, quantization: Compo
         model: on the meta device; fake quantization is inserted into it, if the scheme asks for it.
     """
     qat = _is_qat(quantization)
-    sharded = strategy in ("fsdp", "hsdp")
+    sharded = strategy not in ("none", "ddp")
     if peft and sharded:
         raise UserError(f"key peft: adapters are trained on whole models, not under {strategy}: strategy=ddp.")
     if qat and peft:

@@ -16,6 +16,7 @@ from plmtune.errors import UserError, WeightsNotFinite
 from plmtune.io import terminal
 from plmtune.io.run_directory import RunDirectory, refuse_unusable
 from plmtune.io.signals import EXIT_STOPPED
+from plmtune.parallel.choose import Sizes
 from plmtune.training import distributed
 from plmtune.training.checkpoint import Checkpoints
 from plmtune.training.determinism import preserve_random_state
@@ -63,7 +64,7 @@ def launch(
     Raises:
         SystemExit: with EXIT_STOPPED if a signal stopped it; it can be resumed.
     """
-    runtime = _choose_runtime(cfg)
+    runtime = _choose_runtime(cfg, planned=dry_run)
     if dry_run:
         if runtime.is_main:  # under torchrun one process prints for all
             plan = setup_run(cfg, runtime, preflight)
@@ -103,10 +104,10 @@ def setup_run(
     return preflight(cfg, runtime, fetch=fetch)
 
 
-def _choose_runtime(cfg: TrainingConfig) -> Runtime:
+def _choose_runtime(cfg: TrainingConfig, *, planned: bool) -> Runtime:
     of_the_model = ("compile", "activation_checkpointing")
     where = {key: value for key, value in vars(cfg.runtime).items() if key not in of_the_model}
-    return Runtime.choose(**where, seed=cfg.seed)
+    return Runtime.choose(**where, sizes=Sizes(**vars(cfg.parallel)), seed=cfg.seed, planned=planned)
 
 
 def _refuse_too_large(plan: TrainingPlan, *, force: bool) -> None:
@@ -116,7 +117,7 @@ def _refuse_too_large(plan: TrainingPlan, *, force: bool) -> None:
 
 def check(cfg: TrainingConfig, preflight: Preflight) -> str:
     """What ``plmtune validate`` prints about a valid config."""
-    plan = setup_run(cfg, _choose_runtime(cfg), preflight, allow_missing=True)
+    plan = setup_run(cfg, _choose_runtime(cfg, planned=True), preflight, allow_missing=True)
     steps = f"{plan.num_steps:,} steps" if plan.phases else show_epochs(plan.epochs or 0)
     if plan.estimated is None:
         return f"{steps[0].upper()}{steps[1:]} of the model that it starts from."

@@ -14,14 +14,16 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from plmtune import dtypes
 from plmtune.errors import UserError
 from plmtune.modules.kernel_names import kernel_names
-from plmtune.modules.sharding import full_tensor
+from plmtune.parallel.choose import Sizes, Strategy, choose_layout
+from plmtune.parallel.divide import divide
+from plmtune.parallel.gradients import clip_grad_norm
+from plmtune.parallel.layout import Layout
+from plmtune.parallel.mesh import Processes, arrange
 from plmtune.training import distributed
-from plmtune.training.distributed import Strategy
 from plmtune.training.state import seed_everything
 from plmtune.units import show_number_of
 
@@ -34,20 +36,18 @@ class Runtime(contextlib.AbstractContextManager["Runtime"]):
 
     Attributes:
         compute_dtype: of activations and matrix products; parameters and moments stay fp32.
-        shard_size: processes that share one copy of the model.
+        layout: how the processes share the work.
         timeout: how long an exchange waits for a rank.
-        mesh: the processes in their dimensions; None for one process, and before `start`.
+        processes: the mesh and its groups; None for one process, and before `start`.
         reasons: what was chosen and why, a line each.
     """
 
     device: torch.device
     compute_dtype: torch.dtype
-    strategy: Strategy
+    layout: Layout = Layout()  # noqa: RUF009
     rank: int = 0
-    world_size: int = 1
-    shard_size: int = 1
     timeout: timedelta = timedelta(minutes=10)
-    mesh: DeviceMesh | None = None
+    processes: Processes | None = None
     reasons: list[str] = field(default_factory=list)
     seed: int = 1
     deterministic: bool = False
@@ -59,8 +59,10 @@ class Runtime(contextlib.AbstractContextManager["Runtime"]):
         *,
         device: str = "auto",
         precision: Precision = "auto",
-        strategy: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto",
+        strategy: Strategy = "auto",
         shard_size: int | None = None,
+        sizes: Sizes | None = None,
+        planned: bool = False,
         seed: int = 1,
         deterministic: bool = False,
         timeout_minutes: float = 10,
@@ -70,21 +72,25 @@ class Runtime(contextlib.AbstractContextManager["Runtime"]):
         Args:
             device: "auto", "cpu", "cuda" or "cuda:N".
             precision: "auto" takes bf16 where the hardware multiplies in it, else fp32.
-            strategy: "auto" is "none" for one process and "ddp" for several.
-            shard_size: of hsdp; None: the processes of one machine.
+            strategy, shard_size, sizes: see `choose_layout`; "auto" is "none" for one process and "ddp" for several.
+            planned: nothing will run: a single process stands for as many as the sizes make.
             seed: equal on every rank, so that all build the same model. After `distribute` each data rank has its own,
                 so that dropout masks differ.
         """
         rank, local_rank, world_size = distributed.environment()
         where, on = _choose_device(device, local_rank)
         dtype, in_dtype = _choose_precision(precision, where)
-        how, size, by = _choose_strategy(strategy, shard_size, world_size)
+        sizes = sizes or Sizes()
+        of_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        if planned and world_size == 1:
+            world_size = of_machine = sizes.asked
+        layout, by = choose_layout(sizes, strategy, shard_size, world_size=world_size, of_machine=of_machine)
         seeded = f"seed: {seed}" + (", deterministic algorithms only" if deterministic else "")
         reasons = [f"device: {on}", f"precision: {in_dtype}", f"strategy: {by}", seeded]
         if not 0 < timeout_minutes < 1e6:
             raise UserError(f"key runtime.timeout_minutes: must be above 0, not {timeout_minutes}.")
         timeout = timedelta(minutes=timeout_minutes)
-        return cls(where, dtype, how, rank, world_size, size, timeout, None, reasons, seed, deterministic)
+        return cls(where, dtype, layout, rank, timeout, None, reasons, seed, deterministic)
 
     def start(self) -> Runtime:
         """Seed everything, and join the other processes of torchrun; returns itself, for a `with` block."""
@@ -100,7 +106,8 @@ class Runtime(contextlib.AbstractContextManager["Runtime"]):
         if self.world_size > 1:
             if not distributed.is_distributed():
                 distributed.start_process_group(self.device, self.timeout)
-            self.mesh = distributed.data_mesh(self.device, self.shard_size, self.timeout)
+            distributed.refuse_unequal_machines(self.layout)
+            self.processes = arrange(self.layout, self.device, self.timeout)
         return self
 
     @property
@@ -108,25 +115,46 @@ class Runtime(contextlib.AbstractContextManager["Runtime"]):
         return self.rank == 0
 
     @property
+    def world_size(self) -> int:
+        return self.layout.num_processes
+
+    @property
+    def strategy(self) -> str:
+        """none, ddp, fsdp, hsdp, or the sizes of a layout with more dimensions."""
+        return self.layout.strategy
+
+    @property
     def data_rank(self) -> int:
-        """Which part of the global batch this process takes. Processes of one tensor dimension would share it."""
-        return self.rank
+        """Which part of the global batch this process takes. Processes that share rows have the same."""
+        place = self.layout.coordinates(self.rank)
+        return place["dp_replicate"] * self.layout.dp_shard + place["dp_shard"]
 
     @property
     def data_world_size(self) -> int:
         """Into how many parts the global batch is divided."""
-        return self.world_size
+        return self.layout.data_size
 
     @property
     def gradient_scale(self) -> float:
-        """Factor on each rank's loss: it is divided by the global count, and DDP and FSDP2 average gradients."""
-        return float(self.data_world_size)
+        """Factor on each rank's loss: it is divided by the global count, and DDP and FSDP2 average gradients over the
+        processes that have tokens of their own."""
+        return float(self.layout.data_size * self.layout.cp)
+
+    def allocate(self, model: Any) -> Any:
+        """Give a model on the meta device weights that are not set yet, on this process's device.
+
+        Of a layout that divides the model each process allocates its part; with a pipeline that is its stages.
+        """
+        if not self.layout.whole_models:
+            assert self.processes is not None
+            return divide(model, self.processes, self.compute_dtype).to_empty(device=self.device)
+        return model.to_empty(device=self.device)
 
     def distribute(self, model: nn.Module, *, compile: bool = False) -> nn.Module:
         """Move `model` to the device and distribute it. Call it before the optimizer is built.
 
         Args:
-            model: equal on every rank; its blocks are in `model.layers`.
+            model: equal on every rank, or of `allocate`; its blocks are in `model.layers`.
             compile: compile each block by itself, which is quick as all share one graph.
 
         Returns:
@@ -136,7 +164,7 @@ class Runtime(contextlib.AbstractContextManager["Runtime"]):
         if compile:
             for layer in getattr(model, "layers", ()):
                 layer.compile()
-        trained = distributed.wrap(model, self.strategy, self.mesh, self.compute_dtype)
+        trained = distributed.wrap(model, self.processes, self.compute_dtype)
         if self.data_rank:  # other rows, other dropout masks
             seed_everything(self.seed + self.data_rank)
         return trained
@@ -152,7 +180,7 @@ class Runtime(contextlib.AbstractContextManager["Runtime"]):
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Compute in `compute_dtype`. FSDP2 casts by itself."""
-        if self.compute_dtype == torch.float32 or self.strategy in ("fsdp", "hsdp"):
+        if self.compute_dtype == torch.float32 or distributed.is_fsdp(self.processes):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
@@ -160,19 +188,31 @@ class Runtime(contextlib.AbstractContextManager["Runtime"]):
         """Scale gradients down to `max_norm`; None or 0 only measures.
 
         Returns:
-            The norm over all parameters and ranks before clipping, an fp32 scalar.
+            The norm over all parameters and ranks before clipping, an fp32 scalar, equal on every rank.
         """
-        parameters = [p for p in model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
-        return full_tensor(norm)
+        return clip_grad_norm(model, max_norm, self.processes)
 
     def sum(self, *values: Tensor | float) -> tuple[float, ...]:
-        """Each value summed over ranks, in fp64: one exchange for all, on the device only if one of them is there."""
+        """Each value summed over the ranks that have tokens of their own, in fp64.
+
+        It is one exchange for all values, on the device only if one of them is there.
+        """
         on_device = any(isinstance(value, Tensor) and value.device == self.device for value in values)
         device = self.device if on_device else "cpu"
         # dtype given at once: as_tensor alone would round a Python float to fp32 on its way.
-        numbers = [torch.as_tensor(v, dtype=torch.float64, device=device).detach().reshape(()) for v in values]
-        return tuple(distributed.reduce_sum(torch.stack(numbers)).tolist())
+        numbers = torch.stack(
+            [torch.as_tensor(v, dtype=torch.float64, device=device).detach().reshape(()) for v in values]
+        )
+        if self.processes is not None and self.processes.tokens is not None:
+            dist.all_reduce(numbers, group=self.processes.tokens)
+        return tuple(numbers.tolist())
+
+    def over_model(self, values: Tensor) -> Tensor:
+        """The mean of `values` over the processes that share each layer, summed over the stages of a pipeline."""
+        if self.processes is not None and self.processes.model is not None:
+            dist.all_reduce(values, group=self.processes.model)
+            values /= self.layout.tp
+        return values
 
     def hold(self, opened: contextlib.AbstractContextManager[object]) -> None:
         """Exit `opened` at the end of this runtime's `with` block, with the error that ends it, if there is one."""
@@ -234,36 +274,3 @@ def _choose_precision(precision: Precision, device: torch.device) -> tuple[torch
     if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
         return torch.bfloat16, "bf16 (this CPU has AMX or AVX512-BF16)"
     return torch.float32, "fp32 (this CPU has neither AMX nor AVX512-BF16)"
-
-
-def _choose_strategy(strategy: str, shard_size: int | None, world_size: int) -> tuple[Strategy, int, str]:
-    """(strategy, processes that share a copy of the model, why)."""
-    if strategy not in ("auto", "none", "ddp", "fsdp", "hsdp"):
-        raise UserError(f"strategy={strategy} is unknown. Use auto, none, ddp, fsdp or hsdp.")
-    if strategy != "hsdp" and shard_size is not None:
-        raise UserError(f"shard_size={shard_size} belongs to strategy=hsdp; with {strategy}, leave it out.")
-    if world_size == 1:
-        asked = strategy in ("ddp", "fsdp", "hsdp")
-        why = f"{strategy} was asked for, but there is one process: start more with torchrun" if asked else "1 process"
-        return "none", 1, f"none ({why})"
-    if strategy == "none":
-        raise UserError(f"strategy=none cannot train one model on {world_size} processes. Use ddp, fsdp or auto.")
-    if strategy == "fsdp":
-        return "fsdp", world_size, f"fsdp ({world_size} processes)"
-    if strategy == "hsdp":
-        size = _choose_shard_size(shard_size, world_size)
-        return "hsdp", size, f"hsdp ({world_size // size} copies of the model, each on {size} processes)"
-    return "ddp", 1, f"ddp ({world_size} processes)"
-
-
-def _choose_shard_size(shard_size: int | None, world_size: int) -> int:
-    size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if shard_size is None else shard_size
-    given = f"shard_size={size}" + (", the processes of this machine," if shard_size is None else "")
-    instead = "" if shard_size else " or give shard_size a divisor of them"
-    if size < 1 or world_size % size:
-        raise UserError(f"strategy=hsdp: {given} does not divide {world_size} processes.")
-    if size == 1:
-        raise UserError(f"strategy=hsdp: {given} shards nothing, which is ddp. Use strategy=ddp{instead}.")
-    if size == world_size:
-        raise UserError(f"strategy=hsdp: {given} makes one copy of all, which is fsdp. Use strategy=fsdp{instead}.")
-    return size

@@ -209,7 +209,7 @@ class Teacher:
 
             quantize(model, quantized_formats(model, self.settings))
         if runtime.strategy in ("fsdp", "hsdp"):
-            distributed.wrap(model, runtime.strategy, runtime.mesh, runtime.compute_dtype)
+            distributed.wrap(model, runtime.processes, runtime.compute_dtype)
         return model
 
     def _compute_digest(self) -> str:

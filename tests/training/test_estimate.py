@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import lora
+from plmtune.parallel.layout import Layout
 from plmtune.registry import component
 from plmtune.training import estimate as module
 from plmtune.training.estimate import Estimate, activation_bytes
@@ -49,7 +50,7 @@ def estimate(
 ) -> Estimate:
     """Of a run on CPUs."""
     size = shard_size or (world_size if strategy == "fsdp" else 1)
-    runtime = Runtime(CPU, compute_dtype, strategy, world_size=world_size, shard_size=size)
+    runtime = Runtime(CPU, compute_dtype, Layout(dp_replicate=world_size // size, dp_shard=size))
     return module.estimate(model, runtime, **settings)
 
 

@@ -114,7 +114,7 @@ def carry(runtime: Runtime) -> list[bool]:
     distributed.load_full_tensors(model.state_dict(), state)
     parameter = model.layers[0].up.weight
     placed = distributed.like(state["layers.0.up.weight"], parameter)
-    index, count = runtime.rank % runtime.shard_size, runtime.shard_size
+    index, count = runtime.rank % runtime.layout.shard_size, runtime.layout.shard_size
     mine = state["layers.0.up.weight"].chunk(count)[index]
     local = placed.to_local() if isinstance(placed, DTensor) else placed
     return [
@@ -166,7 +166,7 @@ def four(directory: Path) -> dict[str, Any]:
             results[f"{way} {count}"] = one_step(start(way), count)
         results[f"{way} carry"] = carry(start(way))
         results[f"{way} saved"] = go_on(start(way), None, directory / way)
-    results["default"] = start("hsdp", shard_size=None).shard_size
+    results["default"] = start("hsdp", shard_size=None).layout.shard_size
     with start("ddp") as runtime:  # the end of the process group
         results["texts"] = distributed.gather_texts("é" * runtime.rank)
     return results

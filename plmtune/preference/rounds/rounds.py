@@ -161,7 +161,7 @@ class Rounds:
 
 def check_rounds(rounds: int, reward: Any, settings: SelectionConfig, strategy: str) -> None:
     """Check the strategy, rules and reward of a run; without rounds, rules are checked and not used."""
-    if rounds and strategy in ("fsdp", "hsdp"):
+    if rounds and strategy not in ("none", "ddp"):
         raise UserError(f"key rounds: each process generates with a whole model, not under {strategy}: use ddp.")
     try:
         find_rules(settings.rules)

@@ -1,0 +1,116 @@
+"""The layout that a config's keys ask for, given the number of processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from plmtune.errors import UserError
+from plmtune.parallel.layout import Layout, Schedule
+
+Strategy = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Keys of the config's section `parallel`; None: what the others leave."""
+
+    dp_replicate: int | None = None
+    dp_shard: int | None = None
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    schedule: Schedule = "1f1b"
+    reshard_after_forward: bool = True
+
+    @property
+    def of_the_model(self) -> int:
+        """Processes that share rows."""
+        return self.tp * self.pp * self.cp
+
+    @property
+    def asked(self) -> int:
+        """Processes that the given sizes make."""
+        return self.of_the_model * (self.dp_replicate or 1) * (self.dp_shard or 1)
+
+
+def choose_layout(
+    sizes: Sizes, strategy: Strategy, shard_size: int | None, *, world_size: int, of_machine: int
+) -> tuple[Layout, str]:
+    """Return (layout, why).
+
+    Args:
+        strategy: how data is shared by the processes that tp, pp and cp leave: shorthand for dp_replicate (ddp),
+            dp_shard (fsdp) or both (hsdp).
+        shard_size: of hsdp.
+        world_size: processes.
+        of_machine: those of one machine.
+
+    Raises:
+        UserError: for sizes that do not make world_size processes, or a strategy that contradicts them.
+    """
+    if strategy not in ("auto", "none", "ddp", "fsdp", "hsdp"):
+        raise UserError(f"strategy={strategy} is unknown. Use auto, none, ddp, fsdp or hsdp.")
+    if strategy != "hsdp" and shard_size is not None:
+        raise UserError(f"shard_size={shard_size} belongs to strategy=hsdp; with {strategy}, leave it out.")
+    given = {key: size for key in ("dp_replicate", "dp_shard") if (size := getattr(sizes, key)) is not None}
+    if given and strategy != "auto":
+        key, size = next(iter(given.items()))
+        raise UserError(
+            f"key runtime.strategy: {strategy} is shorthand for sizes of parallel, and parallel.{key}={size} is given, "
+            "too. Leave one of the two out."
+        )
+    if world_size == 1 and sizes.asked == 1:
+        asked = strategy in ("ddp", "fsdp", "hsdp")
+        why = f"{strategy} was asked for, but there is one process: start more with torchrun" if asked else "1 process"
+        return Layout(), f"none ({why})"
+    if strategy == "none":
+        raise UserError(f"strategy=none cannot train one model on {world_size} processes. Use ddp, fsdp or auto.")
+    left, over = divmod(world_size, sizes.asked)
+    if over or (left != 1 and len(given) == 2):
+        raise UserError(
+            f"key parallel: {_product(sizes)} {'make' if sizes.asked > 1 else 'makes'} {sizes.asked} processes, and "
+            f"{world_size} {'run' if world_size > 1 else 'runs'}. Start as many with torchrun --nproc-per-node, or "
+            "give other sizes."
+        )
+    replicate, shard, why = _share_data(
+        given, strategy, shard_size, left * sizes.asked // sizes.of_the_model, sizes, of_machine
+    )
+    layout = Layout(replicate, shard, sizes.tp, sizes.pp, sizes.cp, sizes.schedule, sizes.reshard_after_forward)
+    if sizes.of_the_model > 1:
+        why = f"{layout} ({world_size} processes)"
+    return layout, why
+
+
+def _share_data(
+    given: dict[str, int], strategy: str, shard_size: int | None, processes: int, sizes: Sizes, of_machine: int
+) -> tuple[int, int, str]:
+    """(dp_replicate, dp_shard, why) of the processes that have rows of their own."""
+    if given:
+        replicate = given.get("dp_replicate", 0) or processes // given["dp_shard"]
+        return replicate, processes // replicate, f"{Layout(replicate, processes // replicate)} ({processes} processes)"
+    if strategy == "hsdp":
+        size = _hsdp_size(shard_size, processes, max(1, of_machine // (sizes.tp * sizes.cp)))
+        why = f"hsdp ({processes // size} copies of the model, each on {size} processes)"
+        return processes // size, size, why
+    if strategy == "fsdp" or (strategy == "auto" and sizes.of_the_model > 1):
+        return 1, processes, f"fsdp ({processes} processes)"
+    return processes, 1, f"ddp ({processes} processes)"
+
+
+def _hsdp_size(shard_size: int | None, processes: int, of_machine: int) -> int:
+    size = of_machine if shard_size is None else shard_size
+    given = f"shard_size={size}" + (", the processes of this machine," if shard_size is None else "")
+    instead = "" if shard_size else " or give shard_size a divisor of them"
+    if size < 1 or processes % size:
+        raise UserError(f"strategy=hsdp: {given} does not divide {processes} processes.")
+    if size == 1:
+        raise UserError(f"strategy=hsdp: {given} shards nothing, which is ddp. Use strategy=ddp{instead}.")
+    if size == processes:
+        raise UserError(f"strategy=hsdp: {given} makes one copy of all, which is fsdp. Use strategy=fsdp{instead}.")
+    return size
+
+
+def _product(sizes: Sizes) -> str:
+    named = {key: getattr(sizes, key) for key in ("dp_replicate", "dp_shard", "tp", "pp", "cp")}
+    return " x ".join(f"{key}={size}" for key, size in named.items() if size and size > 1) or "no size above 1"
