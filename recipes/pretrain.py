@@ -102,7 +102,7 @@ class Pretrain:
         shards_directory = Path(cfg.preparation.directory)
         self.rounds = Rounds(cfg.multi_round, self.data, runtime, self.run.path, shards_directory, self.fingerprints)
         self.rounds.restore(saved.state, saved.step)
-        self.trained = runtime.distribute(self.model, compile=cfg.runtime.compile)
+        self.trained: Any = runtime.distribute(self.model, compile=cfg.runtime.compile)
         self.loss, self.dtype = plan.loss, self.model.dtype  # the dtype to save; in a step FSDP2 shows another
         self.optimizer = build("optimizer", cfg.optimizer, model=self.model)
         self.scheduler = checks.build_scheduler(cfg.scheduler, self.optimizer, plan.num_steps, plan.tokens_per_step)
@@ -194,12 +194,16 @@ class Pretrain:
         rates = learning_rates(self.optimizer)
         # The mean over tokens, not over micro-batches: packed rows differ in what they hold.
         (num_tokens,) = runtime.sum(float(sum(batch.num_valid for batch in batches)))
-        losses: list[Tensor] = []
-        for number, batch in enumerate(batches):
-            with runtime.accumulate(self.trained, first=number == 0, last=number == len(batches) - 1):
-                loss = self._loss(batch.to(runtime.device))
-                (loss * (runtime.gradient_scale / num_tokens)).backward()
-            losses.append(loss.detach())
+        scale = runtime.gradient_scale / num_tokens
+        if runtime.layout.pp > 1:  # stages on other processes: the pipeline's schedule orders the micro-batches
+            losses = self.trained.backward([batch.to(runtime.device) for batch in batches], self._loss_of, scale)
+        else:
+            losses = []
+            for number, batch in enumerate(batches):
+                with runtime.accumulate(self.trained, first=number == 0, last=number == len(batches) - 1):
+                    loss = self._loss(batch.to(runtime.device))
+                    (loss * scale).backward()
+                losses.append(loss.detach())
         norm = runtime.clip_grad_norm(self.model, self.cfg.max_grad_norm)
         # The only wait for the device. All ranks get equal numbers, so their guards reach equal decisions.
         distilled = self.teacher.take_terms() if self.teacher else ()
@@ -219,10 +223,18 @@ class Pretrain:
         return {**values, **rates, "tokens": (index + 1) * self.plan.tokens_per_step, "phase": phase.name}
 
     def _loss(self, batch: Batch) -> Tensor:
-        """Summed loss of a micro-batch; the vocabulary projection happens inside the loss, in chunks."""
+        """Summed loss of a micro-batch."""
+        if self.runtime.layout.pp > 1:
+            loss: Tensor = self.trained.evaluate([batch], self._loss_of)[0]
+            return loss
         with self.runtime.autocast():
             hidden = self.trained(batch.tokens, mask=batch.mask, input_pos=batch.input_pos, hidden=True)  # [b, s, d]
-            states, targets = batch.counted(hidden)
+        return self._loss_of(batch, hidden)
+
+    def _loss_of(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """Summed loss of normed hidden states, [b, s, d]; the vocabulary projection happens inside it, in chunks."""
+        states, targets = batch.counted(hidden)
+        with self.runtime.autocast():
             if self.teacher and torch.is_grad_enabled():
                 return self.teacher.loss(batch, states, targets, self.model)
             summed: Tensor = self.loss(states, self.model.head_weight, targets, **self.model.loss_settings)
@@ -244,12 +256,13 @@ class Pretrain:
         caller does not want them.
         """
         self.model.eval()
-        layers = [layer.ffn for layer in self.model.layers if hasattr(layer.ffn, "record_sparsity")]
-        for ffn in layers:
+        layers = self.model.numbered_layers.items()
+        ffns = {number: layer.ffn for number, layer in layers if hasattr(layer.ffn, "record_sparsity")}
+        for ffn in ffns.values():
             ffn.record_sparsity = True
         device = self.runtime.device
         nats, count, num_bytes = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
-        zeros = torch.zeros(len(layers), dtype=torch.float64, device=device)
+        zeros = torch.zeros(self.model.num_layers if ffns else 0, dtype=torch.float64, device=device)
         wanted = effective_dimension and self.cfg.validation.effective_dimension
         dimensions = EffectiveDimension(self.model, wanted=wanted)
         for batch in self.data.validation(self.cfg.validation.tokens):
@@ -259,12 +272,12 @@ class Pretrain:
             valid = batch.targets[batch.targets >= 0]
             count += valid.numel()
             num_bytes += self.token_bytes[valid].sum()
-            if layers:
-                zeros += torch.stack([ffn.sparsity[batch.targets >= 0].sum() for ffn in layers])
-        for ffn in layers:
+            for number, ffn in ffns.items():
+                zeros[number] += ffn.sparsity[batch.targets >= 0].sum()
+        for ffn in ffns.values():
             ffn.record_sparsity = False
         self.model.train()
-        total, tokens, length, *shares = self.runtime.sum(nats, count, num_bytes, *zeros)
+        total, tokens, length, *shares = self.runtime.sum(nats, count, num_bytes, *self.runtime.over_model(zeros))
         if not tokens:  # preparation.holdout=0 keeps nothing back
             return {}
         return {
@@ -301,7 +314,10 @@ class Pretrain:
     def _warmup_step(self) -> None:
         """A forward and a backward that change nothing."""
         batch = self.data.step(min(self.step, self.plan.num_steps - 1))[0]
-        self._loss(batch.to(self.runtime.device)).backward()
+        if self.runtime.layout.pp > 1:
+            self.trained.backward([batch.to(self.runtime.device)] * self.runtime.layout.pp, self._loss_of, 1.0)
+        else:
+            self._loss(batch.to(self.runtime.device)).backward()
         if self.teacher:
             self.teacher.take_terms()
         self.optimizer.zero_grad(set_to_none=True)

@@ -188,7 +188,8 @@ def load_state(model: Decoder, directory: str | Path, *, added: Collection[str] 
             f"{directory} holds a quantized model, whose integers cannot be trained. Start from the checkpoint that "
             "was quantized, and quantize what comes of it."
         )
-    _check(model, directory, locations, names, added)
+    # A pipeline's process has a part of the model, and its whole on the meta device.
+    _check(getattr(model, "whole", [model])[0], directory, locations, names, added)
     _fill(model, locations, names, added)
 
 

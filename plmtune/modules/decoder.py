@@ -152,6 +152,7 @@ class Decoder(nn.Module):
         )
         self.vocab_size = vocab_size
         self.embed_dim = embed_dim
+        self.num_layers = num_layers  # of the whole model, also in a stage of a pipeline
         self.max_seq_len = max_seq_len
         self.tied = tie_embeddings
         self.init_std = init_std
@@ -214,7 +215,7 @@ class Decoder(nn.Module):
         An init gives a factor of init_std for each matrix. With a generator the numbers are the same for any number of
         processes: each draws whole matrices, one at a time, and keeps its shard.
         """
-        draw_weights(self, self.init_std, generator, init, len(self.layers))
+        draw_weights(self, self.init_std, generator, init, self.num_layers)
 
     def computation(self) -> dict[str, Any]:
         """What decides a result besides the weights' numbers: each module's class, settings and shapes."""
@@ -226,6 +227,11 @@ class Decoder(nn.Module):
             shapes = {key: tuple(weight.shape) for key, weight in module.named_parameters(recurse=False)}
             found[name] = (type(module), settings, None if rope is None else (rope.settings, rope.scaling), shapes)
         return found
+
+    @property
+    def numbered_layers(self) -> dict[int, Any]:
+        """The layers by their numbers in the whole model."""
+        return {int(name): layer for name, layer in self.layers.named_children()}
 
     @property
     def head_weight(self) -> Tensor:
@@ -364,8 +370,23 @@ class Decoder(nn.Module):
             if found is not None:
                 return found if hidden else self.logits(found)
         x = self.embed(tokens, input_pos, start=t - s)
-        for index, layer in enumerate(self.layers):
-            of_tokens = self.of_tokens(index, tokens, input_pos, start=t - s)
+        x = self.finish(self.run_layers(x, tokens, mask=mask, input_pos=input_pos, cache=cache, start=t - s))
+        return x if hidden else self.logits(x)
+
+    def run_layers(
+        self,
+        x: Tensor,
+        tokens: Tensor,
+        *,
+        mask: Tensor | Segments | None = None,
+        input_pos: Tensor | None = None,
+        cache: Cache | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        """The last layer's output, [b, s, d], of the first one's input x (Tensor), [b, s, d]; a stage of a pipeline
+        has some of the layers."""
+        for index, layer in self.numbered_layers.items():
+            of_tokens = self.of_tokens(index, tokens, input_pos, start=start)
             if self.activation_checkpointing and self.training and cache is None:
                 x = checkpoint(layer, x, mask=mask, input_pos=input_pos, use_reentrant=False, **of_tokens)
             else:
@@ -374,9 +395,8 @@ class Decoder(nn.Module):
             if self.observe is not None:
                 self.observe(index, x)
         if cache is not None:
-            cache.advance(s)
-        x = self.finish(x)
-        return x if hidden else self.logits(x)
+            cache.advance(tokens.shape[1])
+        return x
 
     def embed(self, tokens: Tensor, input_pos: Tensor | None = None, *, start: int = 0) -> Tensor:
         """The first layer's input, [b, s, d], of tokens (Tensor), [b, s].
@@ -403,7 +423,7 @@ class Decoder(nn.Module):
         found = {}
         if self.value_embeddings is not None and str(index) in self.value_embeddings:
             found["value"] = _as_computed(self.value_embeddings[str(index)](tokens))
-        if self.query_embeddings is not None and index == len(self.layers) - 1:
+        if self.query_embeddings is not None and index == self.num_layers - 1:
             query = _as_computed(self.query_embeddings(_places(tokens, input_pos, start)))
             found["query"] = query.expand(*tokens.shape, -1)
         return found

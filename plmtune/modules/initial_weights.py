@@ -8,11 +8,11 @@ them. The paper names GPT-2's and InternLM's without their formulas, which here 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from plmtune.modules.sharding import is_sharded, shard_like
 from plmtune.registry import register
@@ -72,12 +72,22 @@ def _place(name: str) -> tuple[int, str]:
 
 @torch.no_grad()
 def draw_weights(
-    model: nn.Module, std: float, generator: torch.Generator | None, init: Init | None = None, num_layers: int = 1
+    model: nn.Module,
+    std: float,
+    generator: torch.Generator | None,
+    init: Init | None = None,
+    num_layers: int = 1,
+    *,
+    into: Mapping[str, Tensor] | None = None,
 ) -> None:
     """`Decoder.init_weights`, with matrices from N(0, std init(name, num_layers)).
 
     A module's `initial` says what parameters of its own start with instead: {name: a number, or a vector}. Matrices of
     a module that is `drawn_last` are drawn after all others, which are then the same as without it.
+
+    Args:
+        into: some of the model's tensors by name, which get the numbers; the model may be on the meta device. None: the
+            model's own.
     """
     offsets = {f"{name}.weight" for name, module in model.named_modules() if getattr(module, "unit_offset", False)}
     initial: dict[str, Any] = {}
@@ -87,21 +97,25 @@ def draw_weights(
         if getattr(module, "drawn_last", False):
             last |= {f"{prefix}.{key}" for key, _ in module.named_parameters()}
     for name, parameter in sorted(model.named_parameters(), key=lambda named: named[0] in last):
-        if parameter.is_meta:
+        target = parameter if into is None else into.get(name)
+        if into is None and parameter.is_meta:
             continue
         if name in initial:
-            whole = torch.as_tensor(initial[name], dtype=parameter.dtype, device=parameter.device)
-            whole = whole.expand(parameter.shape).contiguous()
-            parameter.copy_(shard_like(whole, parameter) if is_sharded(parameter) else whole)
-            continue
-        if parameter.ndim < 2:
-            parameter.fill_(0.0 if name.endswith("bias") or name in offsets else 1.0)
-            continue
-        own = std if init is None else std * init(name, num_layers)
-        if generator is None and not is_sharded(parameter):
-            parameter.normal_(0.0, own)
+            _set(target, torch.as_tensor(initial[name], dtype=parameter.dtype).expand(parameter.shape).contiguous())
+        elif parameter.ndim < 2:
+            if target is not None:
+                target.fill_(0.0 if name.endswith("bias") or name in offsets else 1.0)
         else:
+            own = std if init is None else std * init(name, num_layers)
+            if target is not None and generator is None and not is_sharded(target):
+                target.normal_(0.0, own)
+                continue
             device = generator.device if generator is not None else parameter.device
-            whole = torch.empty(parameter.shape, dtype=torch.float32, device=device)
-            whole.normal_(0.0, own, generator=generator)
-            parameter.copy_(shard_like(whole, parameter) if is_sharded(parameter) else whole)
+            if target is None and generator is None:
+                continue
+            _set(target, torch.empty(parameter.shape, device=device).normal_(0.0, own, generator=generator))
+
+
+def _set(target: Tensor | None, whole: Tensor) -> None:
+    if target is not None:
+        target.copy_(shard_like(whole, target) if is_sharded(target) else whole)

@@ -41,10 +41,12 @@ def _decay_groups(
     Embeddings decay too: PLM ties them to the output projection, a matrix in use like any other.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
+    # Of a pipeline's process names of the whole model are right.
+    every = [name for part in getattr(model, "whole", [model]) for name, _ in part.named_parameters()]
     exempt: set[int] = set()
     for part in no_decay:
         found = {id(p) for name, p in named.items() if f".{part}." in f".{name}."}
-        if not found:
+        if not found and not any(f".{part}." in f".{name}." for name in every):
             known = dict.fromkeys(part for name in named for part in name.split(".") if not part.isdigit())
             raise ValueError(f"no_decay: the model has no {part!r}; it has {', '.join(known)}")
         exempt |= found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,14 +22,15 @@ def clip_grad_norm(model: nn.Module, max_norm: float | None, processes: Processe
     if processes is None or processes.layout.tp * processes.layout.pp == 1:
         return full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf")))
     add_up_parts(parameters)
-    counted = [p for p in parameters if not getattr(p, "is_copy", False)]
+    copies = getattr(model, "copies", ())
+    counted = [p for p in parameters if id(p) not in copies]
     norm = total_norm(counted, processes)
     for group in _by_mesh(parameters):
         torch.nn.utils.clip_grads_with_norm_(group, max_norm or float("inf"), norm)
     return norm
 
 
-def add_up_parts(parameters: list[nn.Parameter]) -> None:
+def add_up_parts(parameters: Sequence[Tensor]) -> None:
     """Sum gradients of which each process of tensor parallelism has a part: those of whole weights."""
     for parameter in parameters:
         gradient = parameter.grad

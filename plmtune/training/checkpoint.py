@@ -30,6 +30,7 @@ from plmtune.errors import UserError, WeightsNotFinite, unreadable
 from plmtune.io import manifest, safetensors_writer
 from plmtune.io.manifest import step_path, steps
 from plmtune.models.checkpoint_files import Stored, locate
+from plmtune.parallel.pipeline import whole_of
 from plmtune.training import distributed
 from plmtune.training import state as training_state
 from plmtune.training.ema import STEM as EMA
@@ -133,14 +134,22 @@ class Checkpoints:
         except UserError as error:
             log.warning("%s", error)  # the cause may be gone; if not, this save fails too
         tensors, optimizer_rest = training_state.optimizer_state_dict(model, optimizer)
+        whole = whole_of(model)
+        if whole is not None:
+            optimizer_rest = training_state.of_all_stages(optimizer_rest, whole)
         random_states = distributed.gather_texts(json.dumps(training_state.random_state()))
         stems = {self.stem: self.state_dict(model), "optimizer": tensors, **({EMA: ema.tensors} if ema else {})}
-        needed = sum(t.numel() * t.element_size() for part in stems.values() for t in part.values())
+        orders = self._orders(whole, stems)
+        held_by_all = {stem: distributed.catalogue(named, orders[stem]) for stem, named in stems.items()}
+        needed = sum(held.num_bytes for named in held_by_all.values() for held in named.values())
         distributed.broadcast_from_rank0(lambda: self._make_room(step, needed))
         # Without a common disk the directory is rank 0's alone.
         seen = distributed.gather_texts("seen" if self._temporary(step).is_dir() else "")
         writers = [rank for rank, text in enumerate(seen) if text]
-        held, indexes = self._buffers.take(stems, max_bytes=self.file_bytes, writers=writers)
+        stage_size = getattr(model, "stage_size", distributed.world_size())
+        held, indexes = self._buffers.take(
+            stems, held_by_all, max_bytes=self.file_bytes, writers=writers, stage_size=stage_size
+        )
         rest: dict[str, str] = {}
         if distributed.rank() == 0:
             rest = {name: json.dumps(content) for name, content in indexes.items()}
@@ -168,6 +177,13 @@ class Checkpoints:
         if wait or not self.background:
             self.wait()
         return step_path(self.directory, step)
+
+    def _orders(self, whole: nn.Module | None, stems: Mapping[str, Any]) -> dict[str, list[str] | None]:
+        """For each stem the names in the order of the whole model, where ranks hold different ones."""
+        if whole is None:
+            return dict.fromkeys(stems)
+        parameters, in_files = [name for name, _ in whole.named_parameters()], list(self.state_dict(whole))
+        return {stem: parameters if stem == "optimizer" else in_files for stem in stems}
 
     def poll(self) -> None:
         """Continue or finish a save in the background; if it failed, every rank raises a UserError.

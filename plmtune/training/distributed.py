@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,11 +22,13 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from plmtune import dtypes
 from plmtune.errors import UserError
 from plmtune.modules.sharding import is_sharded, shard_like
 from plmtune.parallel.divide import divide
 from plmtune.parallel.layout import Layout
 from plmtune.parallel.mesh import Processes
+from plmtune.parallel.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -209,7 +213,7 @@ def wrap(model: nn.Module, processes: Processes | None, dtype: torch.dtype) -> n
             forward_sync_buffers=False,
             gradient_as_bucket_view=True,
         )
-    if not any(is_sharded(parameter) for parameter in model.parameters()):
+    if not isinstance(model, Pipeline) and not any(is_sharded(parameter) for parameter in model.parameters()):
         with torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):
                 dist.broadcast(tensor, src=0)
@@ -284,6 +288,38 @@ def gather_texts(text: str) -> list[str]:
     return [bytes(part[: int(size)].numpy()).decode() for part, size in zip(parts, sizes, strict=True)]
 
 
+@dataclass(frozen=True)
+class Held:
+    """A tensor that some ranks hold: its whole shape, its dtype, and the first rank of those."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    rank: int
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def catalogue(named: Mapping[str, Tensor], order: Sequence[str] | None = None) -> dict[str, Held]:
+    """The tensors of all ranks by name; every rank must call it. Stages of a pipeline hold different ones.
+
+    Args:
+        named: this rank's, sharded or not.
+        order: names in the order of the whole model, of which each tensor's is one, or one with "/..." after it. None:
+            every rank has the same names, in their order.
+    """
+    own = {name: [list(tensor.shape), dtypes.code_of(tensor.dtype)] for name, tensor in named.items()}
+    if order is None:
+        return {name: Held(tuple(t.shape), t.dtype, rank()) for name, t in named.items()}
+    found: dict[str, Held] = {}
+    for number, text in enumerate(gather_texts(json.dumps(own))):
+        for name, (shape, code) in json.loads(text).items():
+            found.setdefault(name, Held(tuple(shape), dtypes.from_code(code), number))
+    places = {name: place for place, name in enumerate(order)}
+    return dict(sorted(found.items(), key=lambda item: places[item[0].partition("/")[0]]))
+
+
 def broadcast_from_rank0(decide: Callable[[], Any]) -> Any:
     """Call `decide` on rank 0; every rank must call this, and gets its result, as JSON, or its UserError."""
     answer, failure = None, ""
@@ -324,7 +360,8 @@ def barrier() -> None:
 def parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
     """The name of each parameter. A shared parameter has its first name."""
     if isinstance(model, _fsdp_module()):
-        # After a forward without backward (a validation) the root is unsharded, and its parameters are others.
+        # After a forward without backward (a validation) the root is unsharded, and its parameters are others. A
+        # pipeline does that itself.
         model.reshard()
     return {parameter: name for name, parameter in model.named_parameters()}
 

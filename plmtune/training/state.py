@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import importlib
+import json
 import random
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -65,12 +66,32 @@ def optimizer_state_dict(model: nn.Module, optimizer: Optimizer) -> tuple[dict[s
     return tensors, rest
 
 
+def of_all_stages(rest: Mapping[str, Any], whole: nn.Module) -> dict[str, Any]:
+    """The `rest` of `optimizer_state_dict` of a whole model, from those of a pipeline's stages. Every rank calls it."""
+    places = {name: place for place, (name, _) in enumerate(whole.named_parameters())}
+    groups: dict[str, dict[str, Any]] = {}
+    merged: dict[str, Any] = {"groups": [], "values": {}, "quantized": {}}
+    for text in distributed.gather_texts(json.dumps(rest)):
+        of_rank = json.loads(text)
+        for group in of_rank["groups"]:
+            same = groups.setdefault(json.dumps(group["settings"]), {"params": [], "settings": group["settings"]})
+            same["params"] += [name for name in group["params"] if name not in same["params"]]
+        for key in ("values", "quantized"):
+            merged[key] |= of_rank[key]
+    for group in groups.values():
+        group["params"].sort(key=places.__getitem__)
+    return merged | {"groups": list(groups.values())}
+
+
 def load_optimizer_state_dict(
     model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]
 ) -> None:
     """Load a state of `optimizer_state_dict`, sharded as the model is. Every rank must call it."""
     names = distributed.parameter_names(model)
-    saved_groups = rest["groups"]
+    own = set(names.values())  # a pipeline's process has a part of the saved parameters
+    saved_groups = [
+        group | {"params": mine} for group in rest["groups"] if (mine := [n for n in group["params"] if n in own])
+    ]
     groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
     if groups != [saved["params"] for saved in saved_groups]:
         raise UserError(
