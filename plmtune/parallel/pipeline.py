@@ -286,8 +286,15 @@ class Pipeline(nn.Module):
             kind = pipelining.Schedule1F1B if torch.is_grad_enabled() else pipelining.ScheduleGPipe
             return kind(stages[0], **options)
         if self.layout.schedule == "interleaved_1f1b":
-            return pipelining.ScheduleInterleaved1F1B(stages, **options)
-        return pipelining.ScheduleZBVZeroBubble(stages, **options)
+            schedule: Any = pipelining.ScheduleInterleaved1F1B(stages, **options)
+        else:
+            schedule = pipelining.ScheduleZBVZeroBubble(stages, **options)
+        if not torch.is_grad_enabled():
+            # torch leaves backward actions in the order of a schedule without a backward.
+            kept = ("FORWARD", "SEND_F", "RECV_F", "UNSHARD", "RESHARD")
+            for rank, actions in schedule.pipeline_order_with_comms.items():
+                schedule.pipeline_order_with_comms[rank] = [a for a in actions if a.computation_type.name in kept]
+        return schedule
 
     # --- the tied head
 

@@ -37,6 +37,7 @@ from plmtune.tokenizers.tokenizer_files import QWEN2_ROWS
 from plmtune.training.estimate import Estimate, estimate
 from plmtune.training.finetune_model import check_finetuning
 from plmtune.training.init_from import find_init_checkpoint
+from plmtune.training.layout_checks import check_layout
 from plmtune.training.loggers import check_installed
 from plmtune.training.machine import check_compiler
 from plmtune.training.runtime import Runtime
@@ -219,6 +220,7 @@ def plan_training(
     """
     assert cfg.seq_len is not None and cfg.loss is not None and cfg.optimizer is not None
     check_best_metric(cfg.checkpoint.best, metrics)
+    check_layout(cfg, runtime, model)
     check_loss_settings(cfg.loss.name, loss, model)
     size, processes = cfg.global_batch_size, runtime.data_world_size
     if size % processes:

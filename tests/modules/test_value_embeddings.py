@@ -115,7 +115,7 @@ class TestElsewhere:
         plain, model = small(None), small(2)
         tables, gates = 2 * 101 * 20, 2 * 2 * 32
         run: dict[str, Any] = {"optimizer": "muon", "seq_len": 32, "micro_batch_size": 2}
-        runtime = Runtime(torch.device("cpu"), torch.float32, "none")
+        runtime = Runtime(torch.device("cpu"), torch.float32)
         before, after = (estimate(each, runtime, **run) for each in (plain, model))
         assert after.parameters - before.parameters == tables + gates
         assert after.non_embedding_parameters - before.non_embedding_parameters == gates

@@ -71,7 +71,7 @@ def place(base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     # What takes time, or depends on what else this machine does.
     monkeypatch.setattr("plmtune.training.runtime.seed_everything", lambda seed: None)
     monkeypatch.setattr("plmtune.tokenizers.tokenizer_files._read", cache(tokenizer_files._read))
-    model, here = Component("model", "plm", TINY)(vocab_size=8), Runtime(torch.device("cpu"), torch.float32, "none")
+    model, here = Component("model", "plm", TINY)(vocab_size=8), Runtime(torch.device("cpu"), torch.float32)
     estimated = estimate(model, here, optimizer="adamw", seq_len=8, micro_batch_size=1)
     monkeypatch.setattr("plmtune.training.preflight.estimate", lambda *arguments, **keywords: estimated)
     return base

@@ -17,7 +17,7 @@ from plmtune.models.hf import load_model
 from plmtune.training.runtime import Runtime
 from plmtune.training.sequence_losses import LossCache, sequence_losses
 
-RUNTIME = Runtime(torch.device("cpu"), torch.float32, "none")
+RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 # Documents of each row, and how many of a row's last targets count nothing besides those at the documents' ends.
 DOCUMENTS = [((5, 9, 10), 0), ((24,), 7), ((1, 23), 24), ((12, 12), 0)]
 
