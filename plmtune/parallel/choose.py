@@ -68,10 +68,11 @@ def choose_layout(
         raise UserError(f"strategy=none cannot train one model on {world_size} processes. Use ddp, fsdp or auto.")
     left, over = divmod(world_size, sizes.asked)
     if over or (left != 1 and len(given) == 2):
+        several = "" if len(given) == 2 else "a multiple of "
+        running = "one runs" if world_size == 1 else f"{world_size} run"
         raise UserError(
-            f"key parallel: {_product(sizes)} {'make' if sizes.asked > 1 else 'makes'} {sizes.asked} processes, and "
-            f"{world_size} {'run' if world_size > 1 else 'runs'}. Start as many with torchrun --nproc-per-node, or "
-            "give other sizes."
+            f"key parallel: {_product(sizes)} needs {several}{sizes.asked} processes, and {running}. Start as many "
+            f"(plmtune launch local --processes {sizes.asked} run NAME, or torchrun), or give other sizes."
         )
     replicate, shard, why = _share_data(
         given, strategy, shard_size, left * sizes.asked // sizes.of_the_model, sizes, of_machine
