@@ -24,7 +24,7 @@ from plmtune.registry import Component
 
 # Keys that may change on resume: they say where and how a run computes or reports, not what it learns.
 RESUME_MUTABLE = ("run_dir", "resume", "allow_data_change", "force", "micro_batch_size", "num_workers", "log_every",
-        "runtime", "checkpoint", "guard", "validation", "eval", "sample", "logger")  # fmt: skip
+        "runtime", "parallel", "checkpoint", "guard", "validation", "eval", "sample", "logger")  # fmt: skip
 _OF_ONE_MODEL = ("run_dir", "resume", "allow_data_change", "force", "device")
 _RESUME_MUTABLE_OF = {"quantize": _OF_ONE_MODEL, "prune": _OF_ONE_MODEL}
 # Keys that say where the data is. Its fingerprints say what it is, and allow_data_change=true lets it change.
