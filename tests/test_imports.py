@@ -40,10 +40,11 @@ ALLOWED: dict[str, str] = {
     "evaluation": "io config sandbox modules tokenizers models data inference training",
     "export": "io registry modules tokenizers models plmtune quantization",
     "devices": "io registry config modules tokenizers models quantization inference plmtune training export",
+    "clusters": "io config modules parallel optim training devices",
     "recipes": "io registry config modules tokenizers models plmtune data quantization pruning inference training "
     "preference evaluation",
     "cli": "io registry config modules tokenizers native models plmtune data inference training evaluation export "
-    "devices",
+    "devices clusters parallel",
     "__main__": "cli",
 }
 
@@ -165,7 +166,16 @@ MISTAKES = [
 ]
 CHECKS = ["validate demo", "run demo --dry-run", "validate demo_dpo"]
 READING = [
-    *("--help", "ls", "ls attention", "ls model", "ls model gemma3", "cp pretrain mine.yaml", "data prepare --help"),
+    *(
+        "--help",
+        "ls",
+        "ls clusters",
+        "ls attention",
+        "ls model",
+        "ls model gemma3",
+        "cp pretrain mine.yaml",
+        "data prepare --help",
+    ),
     *("eval --help", "chat --help", "perplexity --help"),
     *("export --help", "verify --help", "bench --help", "plan --help"),
 ]

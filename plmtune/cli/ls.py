@@ -12,7 +12,7 @@ import click
 from plmtune.cli import COMMANDS
 from plmtune.cli.options import import_option
 from plmtune.config.builtin import builtin_folder
-from plmtune.config.names import DEVICES, name_hint
+from plmtune.config.names import CLUSTERS, DEVICES, name_hint
 from plmtune.config.rules import read_yaml
 from plmtune.errors import UserError, did_you_mean
 from plmtune.io.tables import Column, Table, show
@@ -26,7 +26,7 @@ from plmtune.units import show_count
 @click.argument("name", required=False)
 @import_option
 def ls(group: str | None, name: str | None) -> None:
-    """List recipes, configs, groups and devices; or the components and presets of GROUP with their settings.
+    """List recipes, configs, groups, devices and clusters; or the components and presets of GROUP with their settings.
 
     NAME is a component or a preset of the group, and all that is known of it is shown.
 
@@ -36,6 +36,7 @@ def ls(group: str | None, name: str | None) -> None:
     plmtune ls model qwen3
     plmtune ls attention
     plmtune ls devices
+    plmtune ls clusters
     """
     if group is None:
         _overview(describe_components())
@@ -43,6 +44,10 @@ def ls(group: str | None, name: str | None) -> None:
         if name is not None:
             raise UserError(f"plmtune ls devices takes no name. See: plmtune plan CONFIG --device {name}")
         _devices()
+    elif group == "clusters":
+        if name is not None:
+            raise UserError(f"plmtune ls clusters takes no name. See: plmtune plan CONFIG --cluster {name}")
+        _clusters()
     else:
         group = group.rpartition("/")[2]
         _check_group(group)
@@ -72,6 +77,8 @@ def _overview(table: Any) -> None:
     )
     show("devices (plmtune ls devices; predict for one with plmtune plan CONFIG --device NAME)")
     _list([("", ", ".join(sorted(path.stem for path in DEVICES.glob("*.yaml"))))])
+    show("clusters (plmtune ls clusters; rank layouts of one with plmtune plan CONFIG --cluster NAME)")
+    _list([("", ", ".join(sorted(path.stem for path in CLUSTERS.glob("*.yaml"))))])
 
 
 def _devices() -> None:
@@ -88,6 +95,26 @@ def _devices() -> None:
     show("plmtune bench --calibrate FILE.yaml writes one for this machine")
 
 
+def _clusters() -> None:
+    """The clusters that plan knows, with the figures that decide."""
+    from plmtune.clusters.cluster import builtin_clusters, load_cluster
+    from plmtune.units import show_bytes, show_number
+
+    columns = ["devices", "for a model", "FLOP/s", "in a node", "between nodes", Column("", folds=True)]
+    table = Table([Column("cluster", key=True), *columns])
+    for name in builtin_clusters():
+        cluster = load_cluster(name)
+        speeds = [
+            "" if link is None else f"{show_number(link.bandwidth.value / 1e9)} GB/s"
+            for link in (cluster.node, cluster.network)
+        ]
+        devices = f"{cluster.nodes} x {cluster.devices_per_node}"
+        table.add(name, devices, show_bytes(cluster.available), show_count(cluster.peak), *speeds, cluster.name)
+    show(table)
+    show("plmtune plan CONFIG --cluster FILE.yaml takes one of your own, with the same keys")
+    show(f"Those of h100, with their sources: {CLUSTERS / 'h100.yaml'}")
+
+
 def _list(entries: Iterable[tuple[str, str]]) -> None:
     """Names and what they are, indented."""
     table = Table([Column("", key=True), Column("", folds=True)], headings=False)
@@ -100,7 +127,7 @@ def _list(entries: Iterable[tuple[str, str]]) -> None:
 def _check_group(group: str) -> None:
     table = describe_components()
     if group not in table:
-        known = name_hint(group, [*table, "devices"])
+        known = name_hint(group, [*table, "devices", "clusters"])
         near = f" {group} is a command: plmtune {group}" if group in COMMANDS else known
         raise UserError(f"There is no group {group}.{near}")
 

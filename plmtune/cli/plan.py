@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from plmtune.cli.options import check_output, divide, import_option, json_option, lengths_of, option, words_of
 from plmtune.errors import UserError
@@ -41,8 +42,11 @@ _CONTEXTS = "128,2048,4096"
 @option("--tolerance TEXT", "With --sweep, take shapes whose parameters are this share more or less (default: 2%).")
 @option("--multiple N", "With --sweep at equal parameters, take widths that are multiples of N (default: 64 or 32).")
 @option("--shapes N", "With --sweep at equal parameters, show N shapes (default: 12).")
+@option("--cluster TEXT", "Rank the layouts of training on this cluster: a name or FILE.yaml.")
+@option("--processes N", "With --cluster, plan for N processes: whole nodes, or a part of one.")
+@option("--layout TEXT", "With --cluster, show the place of this layout, too, such as tp=8,pp=16,dp_shard=16.")
 @json_option
-@option("--plot FILE.png", "Plot speeds, or the Pareto front of a sweep.")
+@option("--plot FILE.png", "Plot speeds, the Pareto front of a sweep, or with --cluster a simulated step.")
 @import_option
 def plan(
     name: str,
@@ -57,6 +61,9 @@ def plan(
     tolerance: str | None,
     multiple: int | None,
     shapes: int | None,
+    cluster: str | None,
+    processes: int | None,
+    layout: str | None,
     json_path: Path | None,
     plot: Path | None,
 ) -> None:
@@ -64,6 +71,7 @@ def plan(
 
     CONFIG is what plmtune run takes, a model (plmtune ls model), or a checkpoint. Nothing is trained or allocated.
     Devices (plmtune ls devices) are YAML files, and plmtune bench --calibrate FILE.yaml writes one for this machine.
+    With --cluster (plmtune ls clusters) the layouts of its devices are ranked by their predicted speed of training.
 
     \b
     plmtune plan plm_1.8b --device pi5,jetson_orin_nano
@@ -71,9 +79,21 @@ def plan(
     plmtune plan runs/demo/latest --device pi5
     plmtune plan pretrain model=plm_150m --sweep model.embed_dim=512,768 'model.num_layers=range(8,25,4)'
     plmtune plan demo --sweep --device pi5
+    plmtune plan plm_1.8b --cluster h100 --processes 32
     """
     check_output(json_path, ".json")
     check_output(plot, ".png")
+    if cluster is not None:
+        _refuse_with_cluster()
+
+        from plmtune.cli.plan_cluster import Asked as AskedOfCluster
+        from plmtune.cli.plan_cluster import show_cluster_plan
+
+        asked_of_cluster = AskedOfCluster(cluster, processes, layout, json_path, plot)
+        show_cluster_plan(name, *divide(arguments), asked_of_cluster)
+        return
+    if processes is not None or layout is not None:
+        raise UserError(f"{'--layout' if processes is None else '--processes'} counts with --cluster.")
 
     from plmtune.cli.plan_report import Asked, predict_training, read_model_shape, show_plan
     from plmtune.devices.device import load_device
@@ -113,3 +133,15 @@ def plan(
     budget = cfg is not None and getattr(cfg, "phases", True)  # a preference run has none: its pairs say it
     training = predict_training(cfg, train_on) if budget else None
     show_plan(name, model_shape, asked, training, without_budget=cfg is not None and not budget)
+
+
+def _refuse_with_cluster() -> None:
+    """Refuse options of predictions on one device."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        kept = ("name", "arguments", "cluster", "processes", "layout", "json_path", "plot")
+        given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if given and parameter.param_type_name == "option" and parameter.name not in kept and parameter.expose_value:
+            raise UserError(
+                f"{parameter.opts[0]} is of a plan for one device, and --cluster of training: leave one out."
+            )

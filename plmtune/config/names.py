@@ -1,4 +1,4 @@
-"""Hints for names in the wrong place: a config, a preset, a component, a group, a device or a recipe."""
+"""Hints for names in the wrong place: a config, a preset, a component, a group, a device, a cluster or a recipe."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from plmtune.io.run_summary import explain_missing
 from plmtune.registry import describe_components
 
 DEVICES = Path(__file__).parents[1] / "devices"
+CLUSTERS = Path(__file__).parents[1] / "clusters"
 _EXAMPLES = {"preference": "aries"}  # a config of the recipe, where none has its name
 
 
@@ -42,6 +43,8 @@ def _what_is(name: str) -> str:
         return f" {name} is a group: plmtune ls {name}"
     if (DEVICES / f"{name}.yaml").is_file():
         return f" {name} is a device: plmtune plan CONFIG --device {name}"
+    if (CLUSTERS / f"{name}.yaml").is_file():
+        return f" {name} is a cluster: plmtune plan CONFIG --cluster {name}"
     if (builtin_folder("recipes") / f"{name}.py").is_file():
         texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(builtin_folder("conf").glob("*.yaml"))}
         configs = [config for config, text in texts.items() if f"\nrecipe: {name}\n" in text]

@@ -25,8 +25,16 @@ def refusals(
         global_batch_size: rows of a step.
         micro_batch_size: rows of one forward.
     """
+    of_tensors = tensor_refusals(layout, model)
+    return [*of_tensors, *other_refusals(layout, model, seq_len, global_batch_size, micro_batch_size)]
+
+
+def other_refusals(
+    layout: Layout, model: nn.Module, seq_len: int, global_batch_size: int, micro_batch_size: int
+) -> list[str]:
+    """Those of `refusals` that `tensor_refusals` does not say."""
     batches = _of_batches(layout, global_batch_size, micro_batch_size)
-    return [*tensor_refusals(layout, model), *_of_tokens(layout, seq_len), *_of_stages(layout, model), *batches]
+    return [*_of_tokens(layout, seq_len), *_of_stages(layout, model), *batches]
 
 
 def micro_batches(layout: Layout, global_batch_size: int, micro_batch_size: int) -> int:

@@ -87,8 +87,8 @@ def of_process(found: list[Part], layout: Layout, pp_rank: int) -> Iterator[Part
 def held_elements(model: nn.Module, layout: Layout, rank: int) -> dict[str, int]:
     """{name of a parameter: its numbers that process `rank` holds}, with 0 for an empty shard.
 
-    FSDP2 divides what tensor parallelism leaves by its first dimension, over dp_shard x cp processes. A tied embedding
-    counts twice on a process with both ends of the pipeline (zbv).
+    FSDP2 divides what tensor parallelism leaves by its first dimension, over dp_shard x cp processes. On a process
+    with both ends of a pipeline (zbv) the copy of a tied embedding, which no optimizer updates, does not count.
 
     Args:
         model: a Decoder, best on the meta device.
@@ -101,5 +101,5 @@ def held_elements(model: nn.Module, layout: Layout, rank: int) -> dict[str, int]
     shard = place["dp_shard"] * layout.cp + place["cp"]
     held: dict[str, int] = {}
     for part in of_process(parts(model, layout), layout, place["pp"]):
-        held[part.name] = held.get(part.name, 0) + part.held(shard, layout.shard_size)
+        held[part.name] = part.held(shard, layout.shard_size)
     return held

@@ -62,13 +62,13 @@ class TestHeldElements:
         assert held.keys() == dict(model.named_parameters()).keys()
         for name, parameter in model.named_parameters():
             copies = layout.dp_replicate * (layout.tp if divided_dimension(plan, name) is None else 1)
-            copies *= 2 if name == EMBEDDING and model.tied and layout.pp > 1 else 1
+            copies *= 2 if name == EMBEDDING and model.tied and layout.pp > 1 and layout.schedule != "zbv" else 1
             assert held[name] == copies * parameter.numel(), name
 
     def test_a_shard_is_what_torch_chunk_gives(self) -> None:
         whole = torch.empty(10, 3, device="meta")
         chunks = [part.numel() for part in whole.chunk(4)]
-        model = torch.nn.Module()
+        model: Any = torch.nn.Module()
         model.layers, model.tied = torch.nn.ModuleList([torch.nn.Linear(3, 10, bias=False, device="meta")]), False
         held = [held_elements(model, Layout(dp_shard=4), rank)["layers.0.weight"] for rank in range(4)]
         assert held == chunks
@@ -87,7 +87,7 @@ class TestHeldElements:
         model = built(**MODELS["mla"])
         held = held_elements(model, Layout(pp=2, schedule="zbv"), 0)
         assert "norm.weight" in held
-        assert held[EMBEDDING] == 2 * 130 * 32
+        assert held[EMBEDDING] == 130 * 32
 
     def test_value_embeddings_are_with_their_layers(self) -> None:
         model = built(**MODELS["values, untied"])

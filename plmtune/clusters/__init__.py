@@ -1,0 +1,1 @@
+"""Clusters of accelerators as YAML files, and predictions of training on them: memory, traffic, time of a layout."""
