@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=4)
     processes = parser.parse_args().processes
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(measure, (processes, f"{folder}/store"), nprocs=processes)  # type: ignore[no-untyped-call]
+        mp.spawn(measure, (processes, f"{folder}/store"), nprocs=processes)
 
 
 if __name__ == "__main__":

@@ -100,8 +100,8 @@ def _clusters() -> None:
     from plmtune.clusters.cluster import builtin_clusters, load_cluster
     from plmtune.units import show_bytes, show_number
 
-    columns = ["devices", "for a model", "FLOP/s", "in a node", "between nodes", Column("", folds=True)]
-    table = Table([Column("cluster", key=True), *columns])
+    names = ("devices", "for a model", "FLOP/s", "in a node", "between nodes")
+    table = Table([Column("cluster", key=True), *map(Column, names), Column("", folds=True)])
     for name in builtin_clusters():
         cluster = load_cluster(name)
         speeds = [
