@@ -34,26 +34,35 @@ def _trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _decay_groups(
-    model: nn.Module, parameters: list[nn.Parameter], weight_decay: float, no_decay: Sequence[str]
+    model: nn.Module,
+    select: Callable[[nn.Module], list[nn.Parameter]],
+    weight_decay: float,
+    no_decay: Sequence[str],
 ) -> list[dict[str, Any]]:
     """Matrices decay, except those that `no_decay` names; norms and biases do not.
 
-    Embeddings decay too: PLM ties them to the output projection, a matrix in use like any other.
+    Embeddings decay too: PLM ties them to the output projection, a matrix in use like any other. A process of a
+    pipeline has the groups of the whole model, some perhaps empty: a checkpoint and a schedule number them.
     """
-    named = dict(model.named_parameters(remove_duplicate=False))
-    # Of a pipeline's process names of the whole model are right.
-    every = [name for part in getattr(model, "whole", [model]) for name, _ in part.named_parameters()]
+    whole = getattr(model, "whole", [model])[0]
+    named = dict(whole.named_parameters(remove_duplicate=False))
     exempt: set[int] = set()
     for part in no_decay:
         found = {id(p) for name, p in named.items() if f".{part}." in f".{name}."}
-        if not found and not any(f".{part}." in f".{name}." for name in every):
+        if not found:
             known = dict.fromkeys(part for name in named for part in name.split(".") if not part.isdigit())
             raise ValueError(f"no_decay: the model has no {part!r}; it has {', '.join(known)}")
         exempt |= found
+    parameters = select(whole)
     decayed = [p for p in parameters if p.ndim >= 2 and id(p) not in exempt]
     chosen = {id(p) for p in decayed}
     both = ((decayed, weight_decay), ([p for p in parameters if id(p) not in chosen], 0.0))
-    return [{"params": params, "weight_decay": decay} for params, decay in both if params]
+    names, own = {id(p): name for name, p in whole.named_parameters()}, dict(model.named_parameters())
+    return [
+        {"params": [own[names[id(p)]] for p in params if names[id(p)] in own], "weight_decay": decay}
+        for params, decay in both
+        if params
+    ]
 
 
 def _fused(parameters: list[nn.Parameter]) -> bool:
@@ -91,7 +100,7 @@ def adamw(
     """
     betas = _check(betas, lr=lr, weight_decay=weight_decay, eps=eps)
     parameters = _trainable(model)
-    groups = _decay_groups(model, parameters, weight_decay, no_decay)
+    groups = _decay_groups(model, _trainable, weight_decay, no_decay)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=_fused(parameters))
 
 
@@ -119,7 +128,7 @@ def adamw_8bit(
     from torchao.optim import AdamW8bit
 
     betas = _check(betas, lr=lr, weight_decay=weight_decay, eps=eps)
-    groups = _decay_groups(model, _trainable(model), weight_decay, no_decay)
+    groups = _decay_groups(model, _trainable, weight_decay, no_decay)
     optimizer: Optimizer = AdamW8bit(groups, lr=lr, betas=betas, eps=eps)
     return optimizer
 
@@ -185,7 +194,7 @@ def muon(
     kind = BatchedMuon if on_cpu or options else torch.optim.Muon
     return MuonWithAdamW(
         kind(
-            [{**group, **options} for group in _decay_groups(model, matrices, weight_decay, no_decay)],
+            [{**group, **options} for group in _decay_groups(model, _hidden, weight_decay, no_decay)],
             lr=lr,
             weight_decay=weight_decay,
             momentum=momentum,
@@ -194,7 +203,7 @@ def muon(
         ),
         torch.optim.AdamW(
             # The name is for what is logged.
-            [{**group, "name": "adamw"} for group in _decay_groups(model, others, weight_decay, no_decay)],
+            [{**group, "name": "adamw"} for group in _decay_groups(model, _others, weight_decay, no_decay)],
             lr=lr * adamw_lr_factor,
             betas=adamw_betas,
             eps=adamw_eps,
@@ -212,6 +221,14 @@ def _split_for_muon(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Param
     hidden = [p for p in _trainable(model) if p.ndim == 2 and id(p) not in excluded]
     chosen = {id(p) for p in hidden}
     return hidden, [p for p in _trainable(model) if id(p) not in chosen]
+
+
+def _hidden(model: nn.Module) -> list[nn.Parameter]:
+    return _split_for_muon(model)[0]
+
+
+def _others(model: nn.Module) -> list[nn.Parameter]:
+    return _split_for_muon(model)[1]
 
 
 class MuonWithAdamW(Optimizer):

@@ -139,7 +139,7 @@ class Checkpoints:
             optimizer_rest = training_state.of_all_stages(optimizer_rest, whole)
         random_states = distributed.gather_texts(json.dumps(training_state.random_state()))
         stems = {self.stem: self.state_dict(model), "optimizer": tensors, **({EMA: ema.tensors} if ema else {})}
-        orders = self._orders(whole, stems)
+        orders = self._orders(whole, stems, optimizer_rest)
         held_by_all = {stem: distributed.catalogue(named, orders[stem]) for stem, named in stems.items()}
         needed = sum(held.num_bytes for named in held_by_all.values() for held in named.values())
         distributed.broadcast_from_rank0(lambda: self._make_room(step, needed))
@@ -178,12 +178,15 @@ class Checkpoints:
             self.wait()
         return step_path(self.directory, step)
 
-    def _orders(self, whole: nn.Module | None, stems: Mapping[str, Any]) -> dict[str, list[str] | None]:
-        """For each stem the names in the order of the whole model, where ranks hold different ones."""
+    def _orders(
+        self, whole: nn.Module | None, stems: Mapping[str, Any], optimizer_rest: Mapping[str, Any]
+    ) -> dict[str, list[str] | None]:
+        """For each stem the names in the order of one process, where ranks hold different ones."""
         if whole is None:
             return dict.fromkeys(stems)
-        parameters, in_files = [name for name, _ in whole.named_parameters()], list(self.state_dict(whole))
-        return {stem: parameters if stem == "optimizer" else in_files for stem in stems}
+        in_groups = [name for group in optimizer_rest["groups"] for name in group["params"]]
+        in_files = list(self.state_dict(whole))
+        return {stem: in_groups if stem == "optimizer" else in_files for stem in stems}
 
     def poll(self) -> None:
         """Continue or finish a save in the background; if it failed, every rank raises a UserError.

@@ -69,12 +69,15 @@ def optimizer_state_dict(model: nn.Module, optimizer: Optimizer) -> tuple[dict[s
 def of_all_stages(rest: Mapping[str, Any], whole: nn.Module) -> dict[str, Any]:
     """The `rest` of `optimizer_state_dict` of a whole model, from those of a pipeline's stages. Every rank calls it."""
     places = {name: place for place, (name, _) in enumerate(whole.named_parameters())}
+    of_ranks = [json.loads(text) for text in distributed.gather_texts(json.dumps(rest))]
+    numbered = len({len(of_rank["groups"]) for of_rank in of_ranks}) == 1
     groups: dict[str, dict[str, Any]] = {}
     merged: dict[str, Any] = {"groups": [], "values": {}, "quantized": {}}
-    for text in distributed.gather_texts(json.dumps(rest)):
-        of_rank = json.loads(text)
-        for group in of_rank["groups"]:
-            same = groups.setdefault(json.dumps(group["settings"]), {"params": [], "settings": group["settings"]})
+    for of_rank in of_ranks:
+        for number, group in enumerate(of_rank["groups"]):
+            # Two groups may have equal settings. A stage may lack a group of an optimizer that is none of ours.
+            key = str(number) if numbered else json.dumps(group["settings"])
+            same = groups.setdefault(key, {"params": [], "settings": group["settings"]})
             same["params"] += [name for name in group["params"] if name not in same["params"]]
         for key in ("values", "quantized"):
             merged[key] |= of_rank[key]
@@ -89,10 +92,10 @@ def load_optimizer_state_dict(
     """Load a state of `optimizer_state_dict`, sharded as the model is. Every rank must call it."""
     names = distributed.parameter_names(model)
     own = set(names.values())  # a pipeline's process has a part of the saved parameters
-    saved_groups = [
-        group | {"params": mine} for group in rest["groups"] if (mine := [n for n in group["params"] if n in own])
-    ]
+    saved_groups = [group | {"params": [n for n in group["params"] if n in own]} for group in rest["groups"]]
     groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+    if len(groups) != len(saved_groups):  # a stage may lack a group
+        saved_groups = [group for group in saved_groups if group["params"]]
     if groups != [saved["params"] for saved in saved_groups]:
         raise UserError(
             f"The checkpoint's optimizer has {len(saved_groups)} groups of parameters, this run's {len(groups)}, and "
