@@ -29,7 +29,7 @@ class TestALayout:
     def test_learns_what_one_process_does_and_one_resumes_its_run(
         self, place: Path, plmtune: Run, processes: int, layout: list[str]
     ) -> None:
-        keys = [*DEEP, "ema.decay=0.9", "optimizer=muon"]
+        keys = [*DEEP, "ema.decay=0.9"]
         start(*keys, "run_dir=one")
         done = plmtune("run", "pretrain", *keys, *layout, "run_dir=many", processes=processes)
         assert done.returncode == 0, done.stderr
