@@ -30,7 +30,7 @@ ALLOWED: dict[str, str] = {
     "tokenizers": "io registry",
     "native": "io modules",
     "models": "io registry config modules tokenizers",
-    "data": "io registry modules tokenizers",
+    "data": "io registry modules parallel tokenizers",
     "quantization": "io registry modules models",
     "pruning": "io losses modules models",
     "inference": "io modules native tokenizers",

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from plmtune.data.order import Order, Phase, show_shares
 from plmtune.modules.segments import Segments
+from plmtune.modules.shared_sequence import SharedSequence
+from plmtune.parallel.context import ContextShard
 
 IGNORE = -100  # the target that no loss counts
 _PATIENCE = 2.0  # seconds that a stop waits for a thread, which may hang in a read
@@ -64,7 +66,9 @@ class Batch:
 
     tokens: Tensor  # [b, s] int64
     targets: Tensor  # [b, s] int64; one of -100 is not counted
-    mask: Segments | None  # where the texts lie between which there is no attention; None: plain causal attention
+    mask: (
+        Segments | SharedSequence | None
+    )  # where the texts lie between which there is no attention; None: plain causal attention
     input_pos: Tensor | None  # [b, s] int64 positions inside those texts; None: 0 to s - 1
     num_valid: int  # targets that count, known without asking the device
     # [num_valid] int64, theirs in `targets.flatten()`, so that no other hidden state is multiplied with the vocabulary
@@ -79,6 +83,24 @@ class Batch:
         """Select from hidden (Tensor), [b, s, d]: the hidden states [n, d] of the targets that count, and these [n]."""
         hidden, targets = hidden.flatten(0, 1), self.targets.flatten()
         return (hidden, targets) if self.positions is None else (hidden[self.positions], targets[self.positions])
+
+    def part(self, shard: ContextShard) -> Batch:
+        """Return the tokens that one of several processes has that share each row, see `ContextShard`."""
+        assert self.top_ids is None and not isinstance(self.mask, SharedSequence)
+        chunks = shard.chunks(self.tokens.shape[1])
+        places = torch.cat([torch.arange(chunk.start, chunk.stop) for chunk in chunks])
+        targets = self.targets[:, places]
+        positions = (targets.flatten() != IGNORE).nonzero()[:, 0]
+        every = torch.arange(self.tokens.shape[1]).expand_as(self.tokens) if self.input_pos is None else self.input_pos
+        return replace(
+            self,
+            tokens=self.tokens[:, places],
+            targets=targets,
+            mask=SharedSequence(chunks, shard.gather, self.mask),
+            input_pos=every[:, places],
+            num_valid=len(positions),
+            positions=positions if len(positions) < targets.numel() else None,
+        )
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on a device, see `moved`."""
@@ -136,6 +158,7 @@ class Batches:
         num_workers: steps that are prepared ahead, each by a thread; 0: none. Rows are copied from mapped files and
             memory, which needs no processes.
         skip: samples of each source that the run of the init checkpoint has seen.
+        context: the part of each row that this process has; None: all of it.
     """
 
     def __init__(
@@ -151,6 +174,7 @@ class Batches:
         world_size: int = 1,
         num_workers: int = 0,
         skip: Mapping[str, int] | None = None,
+        context: ContextShard | None = None,
     ) -> None:
         if not rows:
             raise ValueError("a run needs at least one source of data")
@@ -160,6 +184,7 @@ class Batches:
         (self.seq_len,) = {source.seq_len for source in (*self.rows.values(), *self.held_out)}
         self.micro_batch_size, self.num_workers = micro_batch_size, num_workers
         self.attach: Attach | None = None
+        self.context = context
         self.rank, self.world_size = rank, world_size
         self.order = Order(
             {name: source.num_rows for name, source in rows.items()},
@@ -276,7 +301,7 @@ class Batches:
             batch = make_batch(chosen)
             if attach:
                 batch = replace(batch, **attach(chosen))
-            yield batch
+            yield batch if self.context is None else batch.part(self.context)
 
     def distinct_rows(self, start: int = 0) -> list[tuple[str, int]]:
         """Return (source, row) of every row that the steps from `start` on read, on any rank, once and in order.

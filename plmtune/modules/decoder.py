@@ -18,6 +18,7 @@ from plmtune.modules.peft import effective_weight
 from plmtune.modules.quantized import Quantized, QuantizedEmbedding, QuantizedLinear
 from plmtune.modules.segments import Segments
 from plmtune.modules.sharding import is_sharded
+from plmtune.modules.shared_sequence import Mask, SharedSequence
 from plmtune.ranges import WIDTH, Range, check
 
 _NOT_COMPUTED = ("training", "activation_checkpointing", "observe")
@@ -65,7 +66,7 @@ class DecoderLayer(nn.Module):
         self,
         x: Tensor,
         *,
-        mask: Tensor | Segments | None = None,
+        mask: Mask = None,
         input_pos: Tensor | None = None,
         cache: LayerCache | None = None,
         **of_tokens: Tensor,
@@ -328,7 +329,7 @@ class Decoder(nn.Module):
         self,
         tokens: Tensor,
         *,
-        mask: Tensor | Segments | None = None,
+        mask: Mask = None,
         input_pos: Tensor | None = None,
         cache: Cache | None = None,
         hidden: bool = False,
@@ -337,8 +338,9 @@ class Decoder(nn.Module):
 
         Args:
             tokens (Tensor): ids, [b, s].
-            mask (Tensor | Segments | None): boolean, [b, s, t], True where it may attend, t = cached + s; or the
-                texts that each row holds; None: causal.
+            mask (Tensor | Segments | SharedSequence | None): boolean, [b, s, t], True where it may attend,
+                t = cached + s; or the texts that each row holds; or which tokens of each row are here, with their
+                positions in input_pos; None: causal.
             input_pos (Tensor | None): positions for RoPE, [b, s]; None: 0, 1, ... after what the cache holds.
                 With them rows may be longer than max_seq_len, as long as no position is
                 (not where a cache is written).
@@ -357,8 +359,9 @@ class Decoder(nn.Module):
         if isinstance(mask, Segments) and cache is not None:
             raise ValueError("segments say where whole texts lie, so they cannot be read piece by piece into a cache")
         if input_pos is not None and (cache is None or isinstance(cache, SharedPrefix)):
-            if isinstance(mask, Segments):
-                t = mask.longest
+            texts = mask.segments if isinstance(mask, SharedSequence) else mask
+            if isinstance(texts, Segments):
+                t = texts.longest
             else:  # a GPU is not asked, since the answer would have to be waited for
                 t = int(input_pos.max()) + 1 if input_pos.device.type == "cpu" else 0
         if t > self.max_seq_len:
@@ -378,7 +381,7 @@ class Decoder(nn.Module):
         x: Tensor,
         tokens: Tensor,
         *,
-        mask: Tensor | Segments | None = None,
+        mask: Mask = None,
         input_pos: Tensor | None = None,
         cache: Cache | None = None,
         start: int = 0,

@@ -12,8 +12,8 @@ from plmtune.modules.attention_kernels import attend, window_mask, window_mask_b
 from plmtune.modules.cache import LayerCache
 from plmtune.modules.linear import Linear
 from plmtune.modules.rope import RotaryEmbedding
-from plmtune.modules.segments import Segments
 from plmtune.modules.sharding import to_local
+from plmtune.modules.shared_sequence import Mask, SharedSequence
 from plmtune.modules.shortcut import add_shortcut
 from plmtune.ranges import WIDTH, Range, check
 from plmtune.registry import Component, component, register
@@ -149,7 +149,7 @@ class GroupedQueryAttention(nn.Module):
         self,
         x: Tensor,
         *,
-        mask: Tensor | Segments | None = None,
+        mask: Mask = None,
         input_pos: Tensor | None = None,
         cache: LayerCache | None = None,
         value: Tensor | None = None,
@@ -168,7 +168,7 @@ class GroupedQueryAttention(nn.Module):
     def _attend(
         self,
         x: Tensor,
-        mask: Tensor | Segments | None,
+        mask: Mask,
         input_pos: Tensor | None,
         cache: LayerCache | None,
         value: Tensor | None,
@@ -205,6 +205,10 @@ class GroupedQueryAttention(nn.Module):
                 every = mask[:, None] if isinstance(mask, Tensor) else None  # [b, 1, 1, t]
                 out = F.scaled_dot_product_attention(q, k, v, every, scale=self.scale)  # [b, h / g, g, head_dim]
                 return self.o_proj(out.reshape(b, 1, -1))
+        if isinstance(mask, SharedSequence):
+            k, v = mask.gather(k, 2), mask.gather(v, 2)
+            out = mask.attend(q, k, v, self.scale, window=window, soft_cap=self.soft_cap)
+            return self.o_proj(out.transpose(1, 2).reshape(b, s, -1))
         shared = cache.shared if cache is not None else 0
         if cache is not None and not shared:
             input_pos = None  # a row of the cache is one text: places are distances

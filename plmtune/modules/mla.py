@@ -15,6 +15,7 @@ from plmtune.modules.peft import effective_weight
 from plmtune.modules.rope import RotaryEmbedding
 from plmtune.modules.segments import Segments
 from plmtune.modules.sharding import to_local, to_local_of_heads
+from plmtune.modules.shared_sequence import Mask, SharedSequence
 from plmtune.modules.shortcut import add_shortcut
 from plmtune.ranges import TINY, WIDTH, check
 from plmtune.registry import Component, component, register
@@ -124,16 +125,14 @@ class MultiHeadLatentAttention(nn.Module):
         self,
         x: Tensor,
         *,
-        mask: Tensor | Segments | None = None,
+        mask: Mask = None,
         input_pos: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
         """Attend from x (Tensor), hidden states, [b, s, d]; the other arguments are `Decoder.forward`'s."""
         return add_shortcut(self._attend(x, mask, input_pos, cache), x, self.shortcut)
 
-    def _attend(
-        self, x: Tensor, mask: Tensor | Segments | None, input_pos: Tensor | None, cache: LayerCache | None
-    ) -> Tensor:
+    def _attend(self, x: Tensor, mask: Mask, input_pos: Tensor | None, cache: LayerCache | None) -> Tensor:
         b, s, _ = x.shape
         start = cache.start if cache else 0
         # -1 rather than num_heads: under tensor parallelism each process has a share of the heads.
@@ -152,13 +151,21 @@ class MultiHeadLatentAttention(nn.Module):
                 return self.o_proj(self._decode(q_nope[:, 0], q_rope[:, 0], kept[:, 0], mask))
             latent, k_rope = kept[:, 0].split((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)
             k_rope = k_rope[:, :, None]
+        if isinstance(mask, SharedSequence):  # kv_lora_rank + qk_rope_head_dim numbers a token, not all heads' keys
+            gathered = mask.gather(torch.cat((latent, k_rope[:, :, 0]), dim=-1), 1)
+            latent, k_rope = gathered.split((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)
+            k_rope = k_rope[:, :, None]
         t = latent.shape[1]
         kv = self.kv_b_proj(latent) if cache is None or not cache.shared else self._expand_shared(latent, cache.shared)
         kv = kv.view(b, t, -1, self.qk_nope_head_dim + self.v_head_dim)
         k_nope, v = kv.split((self.qk_nope_head_dim, self.v_head_dim), dim=-1)
         k = torch.cat((k_nope, k_rope.expand(-1, -1, k_nope.shape[2], -1)), dim=-1)  # [b, t, h, n + r]
         q = torch.cat((q_nope, q_rope), dim=-1)
-        out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, self.scale)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if isinstance(mask, SharedSequence):
+            out = mask.attend(q, k, v, self.scale)
+        else:
+            out = attend(q, k, v, mask, self.scale)
         return self.o_proj(out.transpose(1, 2).reshape(b, s, -1))
 
     def _expand_shared(self, latent: Tensor, shared: int) -> Tensor:

@@ -67,6 +67,7 @@ def open_batches(
             world_size=runtime.data_world_size,
             num_workers=cfg.num_workers,
             skip=skip,
+            context=runtime.context,
         )
     except ValueError as error:  # names its setting
         raise UserError(str(error)) from error

@@ -19,6 +19,7 @@ from plmtune import dtypes
 from plmtune.errors import UserError
 from plmtune.modules.kernel_names import kernel_names
 from plmtune.parallel.choose import Sizes, Strategy, choose_layout
+from plmtune.parallel.context import ContextShard
 from plmtune.parallel.divide import divide
 from plmtune.parallel.gradients import clip_grad_norm
 from plmtune.parallel.layout import Layout
@@ -139,6 +140,13 @@ class Runtime(contextlib.AbstractContextManager["Runtime"]):
         """Factor on each rank's loss: it is divided by the global count, and DDP and FSDP2 average gradients over the
         processes that have tokens of their own."""
         return float(self.layout.data_size * self.layout.cp)
+
+    @property
+    def context(self) -> ContextShard | None:
+        """The part of each sequence that this process has; None: all of it."""
+        if self.processes is None or self.processes.cp is None:
+            return None
+        return ContextShard(self.layout.coordinates(self.rank)["cp"], self.layout.cp, self.processes.cp)
 
     def allocate(self, model: Any) -> Any:
         """Give a model on the meta device weights that are not set yet, on this process's device.
