@@ -38,6 +38,7 @@ from plmtune.losses.cross_entropy import cross_entropy
 from plmtune.models.gguf_file import opened_gguf
 from plmtune.models.gguf_tokenizer import read_tokenizer
 from plmtune.models.llama import llama
+from plmtune.modules.segments import Segments
 from plmtune.optim.optimizers import adamw
 from plmtune.tokenizers.chat_template import find_template
 from plmtune.tokenizers.message import BadRow
@@ -99,7 +100,9 @@ def trainer(vocab_size: int, num_layers: int) -> Callable[[Sequence[Batch], str]
     def step(batches: Sequence[Batch], side: str) -> float:
         num_valid, total = sum(batch.num_valid for batch in batches), 0.0
         for batch in batches:
-            mask: Any = batch.mask.dense if side == "packed, dense mask" and batch.mask else batch.mask
+            mask: Any = batch.mask
+            if side == "packed, dense mask" and isinstance(batch.mask, Segments):
+                mask = batch.mask.dense
             hidden: Tensor = model(batch.tokens, mask=mask, input_pos=batch.input_pos, hidden=True)
             if side == "padded":
                 loss = loss_sum(hidden.flatten(0, 1), model.head_weight, batch.targets.flatten())

@@ -231,9 +231,10 @@ def _coloured(ids: list[int], tokenizer: Tokenizer) -> Text:
 
 def _print_mask(console: Any, row: Row) -> None:
     from plmtune.data.batches import make_batch
+    from plmtune.modules.segments import Segments
 
     segments = make_batch([row]).mask
-    assert segments is not None
+    assert isinstance(segments, Segments)
     (mask,) = segments.dense
     # At most 64 rows of 64 signs, fewer on a narrow terminal: every stride-th token.
     stride = -(-len(mask) // min(64, terminal.columns(sys.stdout) or 64))

@@ -66,9 +66,8 @@ class Batch:
 
     tokens: Tensor  # [b, s] int64
     targets: Tensor  # [b, s] int64; one of -100 is not counted
-    mask: (
-        Segments | SharedSequence | None
-    )  # where the texts lie between which there is no attention; None: plain causal attention
+    # Where the texts lie between which there is no attention; which part of each row this is; None: causal attention.
+    mask: Segments | SharedSequence | None
     input_pos: Tensor | None  # [b, s] int64 positions inside those texts; None: 0 to s - 1
     num_valid: int  # targets that count, known without asking the device
     # [num_valid] int64, theirs in `targets.flatten()`, so that no other hidden state is multiplied with the vocabulary

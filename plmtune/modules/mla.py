@@ -147,7 +147,7 @@ class MultiHeadLatentAttention(nn.Module):
             entry = torch.cat((latent, k_rope[:, :, 0]), dim=-1)  # [b, s, c + r]
             (kept,) = cache.append(entry[:, None])  # [b, 1, t, c + r]
             if s == 1:
-                assert not isinstance(mask, Segments)  # the decoder refuses them with a cache
+                assert not isinstance(mask, Segments | SharedSequence)  # the decoder refuses them with a cache
                 return self.o_proj(self._decode(q_nope[:, 0], q_rope[:, 0], kept[:, 0], mask))
             latent, k_rope = kept[:, 0].split((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)
             k_rope = k_rope[:, :, None]

@@ -57,6 +57,6 @@ class SharedSequence:
         return torch.cat(found, dim=2)
 
 
-# What `Decoder.forward` and attention take: boolean [b, s, t], True where it may attend; the texts of each row; a part of
-# each row; or None, causal.
+# What `Decoder.forward` and attention take: boolean [b, s, t], True where it may attend; the texts of each row; a part
+# of each row; or None, causal.
 Mask = Tensor | Segments | SharedSequence | None
