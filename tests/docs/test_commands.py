@@ -18,6 +18,7 @@ import pytest
 from documented import Code, Command
 
 from plmtune.cli import cli
+from plmtune.cli.plan_report import with_preset
 from plmtune.config import compose, override_checks, typed_config
 from plmtune.config.builtin import builtin_folder
 from plmtune.devices.device import load_device
@@ -73,7 +74,10 @@ def check(command: Command) -> None:
         Path("mine.yaml").write_text(documented.own_file(command.page), encoding="utf-8")
         arguments = given.get("arguments", given.get("overrides", ()))
         if "loss=focal" not in arguments:  # the component that CONTRIBUTING.md adds
-            cfg = composed("demo" if given["name"] == "mine.py" else given["name"], *arguments)
+            config, arguments = "demo" if given["name"] == "mine.py" else given["name"], list(arguments)
+            if name == "plan" and given["cluster"]:  # of a model, too
+                config, _, arguments = with_preset(config, [], arguments)
+            cfg = composed(config, *arguments)
             assert not (name == "run" and cfg.recipe == "pretrain") or cfg.phases or not command.is_whole
             if name == "run" and "paths" in cfg.data.settings and command.is_whole and not command.inline:
                 compose.build("data", cfg.data)
@@ -84,7 +88,7 @@ def check(command: Command) -> None:
     elif name == "resume":
         typed_config.override(composed("demo"), [word for word in words[1:] if "=" in word])
     elif name == "ls" and given["group"]:
-        assert given["group"].rpartition("/")[2] in {*describe_components(), "devices"}
+        assert given["group"].rpartition("/")[2] in {*describe_components(), "devices", "clusters"}
     elif name == "cp" and command.is_whole:
         where = builtin_folder("recipes") if given["name"].startswith("recipes/") else builtin_folder("conf")
         assert list(where.rglob(given["name"].removeprefix("recipes/") + ".*"))
