@@ -58,6 +58,8 @@ def show_cluster_plan(name: str, overlays: Sequence[str], overrides: Sequence[st
         raise UserError(f"--cluster plans training, and {name} says no batches. Give a config such as pretrain.")
     check_seq_len(cfg.seq_len, shape.model)
     given = {text.lstrip("+~").partition("=")[0] for text in overrides}
+    by_name = isinstance(cfg.runtime.activation_checkpointing, str)
+    unchecked, full = ("none", "full") if by_name else (False, True)
     in_fp32 = cfg.runtime.precision == "fp32" or (cfg.runtime.precision == "auto" and cluster.shared)
     job = Job(
         shape.model,
@@ -66,13 +68,14 @@ def show_cluster_plan(name: str, overlays: Sequence[str], overrides: Sequence[st
         torch.float32 if in_fp32 else torch.bfloat16,
         cfg.optimizer.name if cfg.optimizer else "adamw",
         int(cfg.loss.settings.get("chunk_rows", 1024)),
+        unchecked,
     )
     found = search(
         job,
         cluster,
         micro_batch_sizes=_choices(cfg.micro_batch_size, _MICRO_BATCH_SIZES, fixed="micro_batch_size" in given),
         checkpointings=_choices(
-            cfg.runtime.activation_checkpointing, (False, True), fixed="runtime.activation_checkpointing" in given
+            cfg.runtime.activation_checkpointing, (unchecked, full), fixed="runtime.activation_checkpointing" in given
         ),
         fixed=_fixed(cfg.parallel, given),
     )
@@ -104,7 +107,7 @@ def show_cluster_plan(name: str, overlays: Sequence[str], overrides: Sequence[st
 
 
 def _choices(own: Any, usual: Sequence[Any], *, fixed: bool) -> list[Any]:
-    return [own] if fixed else sorted({*usual, own})
+    return [own] if fixed else list(dict.fromkeys([*usual, own]))
 
 
 def _fixed(parallel: Any, given: set[str]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Costs:
         self.tokens = plan.tokens(job)
         self.stages = job.sizes(self.layout)
         self._passes: dict[tuple[bool, StageSizes], Pass] = {}  # most stages are equal
-        self.whole = job.activations(False)
+        self.whole = job.activations(job.unchecked)
         self.recomputes = job.activations(plan.checkpointing).kept < self.whole.kept
 
     # --- time of a stage

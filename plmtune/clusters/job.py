@@ -40,6 +40,7 @@ class Job:
         dtype: of the arithmetic.
         optimizer: its name in the registry.
         chunk_rows: tokens whose logits the loss holds at once.
+        unchecked: the value of `runtime.activation_checkpointing` with which all activations are kept.
     """
 
     model: Decoder = field(repr=False)
@@ -48,6 +49,7 @@ class Job:
     dtype: torch.dtype
     optimizer: str = "adamw"
     chunk_rows: int = 1024
+    unchecked: Any = False
     _sizes: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -118,7 +120,11 @@ class Job:
             deep = min(self.num_layers, 8)
             one, several = (self._of_layers(number, checkpointing) for number in (1, deep))
             kept = (several - one) / (deep - 1) if deep > 1 else one
-            bare = self._of_layers(1, False) - self._of_layers(2, False) / 2 if self.num_layers > 1 else 0.0
+            bare = (
+                self._of_layers(1, self.unchecked) - self._of_layers(2, self.unchecked) / 2
+                if self.num_layers > 1
+                else 0.0
+            )
             ends = max(0.0, 2 * bare)
             self._sizes[key] = Activations(kept, max(0.0, one - ends - kept))
         found: Activations = self._sizes[key]
@@ -175,7 +181,7 @@ class StageSizes:
 def is_read(name: str, *, tied: bool) -> bool:
     """Whether a parameter is a table that is only read; a tied embedding is multiplied, as the head."""
     table = name.partition(".")[0]
-    return table in ("pos_embeddings", "value_embeddings") or (name == EMBEDDING and not tied)
+    return table in ("pos_embeddings", "query_embeddings", "value_embeddings") or (name == EMBEDDING and not tied)
 
 
 def _stage_sizes(job: Job, layout: Layout, found: list[Part]) -> list[StageSizes]:

@@ -80,7 +80,7 @@ def _of_process(job: Job, plan: Plan, in_flight: frozenset[tuple[int, ...]], min
         gathered = job.itemsize * (numel if whole_step or not layout.reshard_after_forward else at_once)
         unreduced = 4.0 * numel if whole_step else float(job.itemsize * at_once)
     elif job.itemsize < 4:  # autocast's copies, which the backward reads
-        gathered = job.itemsize * (at_once if plan.checkpointing else numel)
+        gathered = job.itemsize * (numel if plan.checkpointing == job.unchecked else at_once)
     kept = job.activations(plan.checkpointing)
     a_layer = tokens * kept_share(job, layout, kept.kept)
     activations = max(
