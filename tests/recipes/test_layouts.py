@@ -59,16 +59,16 @@ class TestADeadRank:
     def test_ends_the_job_is_named_and_the_restart_goes_on_equal(
         self, place: Path, processes: int, layout: list[str]
     ) -> None:
-        keys = ["run", "pretrain", *DEEP, *QUIET, *layout, "phases=[{name: main, steps: 30}]"]
+        keys = ["run", "pretrain", *DEEP, *QUIET, *layout, "phases=[{name: main, steps: 12}]"]
         with torchrun(place, *keys, "run_dir=whole", processes=processes) as job:
-            code, said = end(place, job)
+            code, said = end(place, job, 300)
             assert code == 0, said
         dead = processes - 1
         with torchrun(place, *keys, "run_dir=cut", processes=processes) as job:
-            wait_for_step(place, "cut", 7, job)
+            wait_for_step(place, "cut", 4, job)
             rank(job, dead).send_signal(signal.SIGKILL)
             killed = time.monotonic()
-            code, said = end(place, job)
+            code, said = end(place, job, 300)
         assert code == 1, said
         # torchrun gives the others 30 seconds to end, as they wait for 30 at most (runtime.timeout_minutes).
         assert time.monotonic() - killed < 90
@@ -78,7 +78,7 @@ class TestADeadRank:
         lost = re.findall(r"Rank \d+ lost (.*?) in ", said)
         assert all(re.search(rf"\b{dead}\b", ranks) for ranks in lost), said
         with torchrun(place, *keys, "run_dir=again", processes=processes, options=("--max-restarts=1",)) as job:
-            wait_for_step(place, "again", 7, job)
+            wait_for_step(place, "again", 4, job)
             rank(job, dead).send_signal(signal.SIGKILL)
             code, said = end(place, job, 300)
         assert code == 0, said
