@@ -21,7 +21,6 @@ from plmtune.parallel.checks import refusals
 from plmtune.parallel.choose import Sizes
 from plmtune.parallel.elements import held_elements
 from plmtune.parallel.layout import Layout
-from plmtune.parallel.pipeline import Pipeline
 from plmtune.registry import component
 from plmtune.training import state as training_state
 from plmtune.training.checkpoint import Checkpoints
@@ -115,6 +114,7 @@ LAYOUTS: dict[str, Sizes] = {
     "pp2 interleaved_1f1b": Sizes(pp=2, schedule="interleaved_1f1b"),
     "pp2 zbv": Sizes(pp=2, schedule="zbv"),
     "fsdp2": Sizes(dp_shard=2),
+    "cp2": Sizes(cp=2),
     "tp4": Sizes(tp=4),
     "pp4 1f1b": Sizes(pp=4),
     "fsdp2 x tp2": Sizes(dp_shard=2, tp=2),
@@ -125,6 +125,9 @@ LAYOUTS: dict[str, Sizes] = {
     "pp2 x fsdp2": Sizes(pp=2, dp_shard=2),
     "pp2 x ddp2": Sizes(pp=2, dp_replicate=2),
     "pp2 x ddp2 interleaved_1f1b": Sizes(pp=2, dp_replicate=2, schedule="interleaved_1f1b"),
+    "fsdp2 x cp2": Sizes(dp_shard=2, cp=2),
+    "cp2 x tp2": Sizes(cp=2, tp=2),
+    "pp2 x cp2": Sizes(pp=2, cp=2),
     "pp2 x fsdp2 x tp2": Sizes(pp=2, dp_shard=2, tp=2),
     "pp2 x fsdp2 x tp2 interleaved_1f1b": Sizes(pp=2, dp_shard=2, tp=2, schedule="interleaved_1f1b"),
     "pp2 x fsdp2 x tp2 zbv": Sizes(pp=2, dp_shard=2, tp=2, schedule="zbv"),
@@ -174,7 +177,8 @@ def micro_batches(kind: Kind, runtime: Runtime, step: int) -> list[Batch]:
             positions = [[*range(one), *range(other)] for one, other in lengths]
             masks = {"mask": Segments.of(lengths), "input_pos": torch.tensor(positions)}
         counted = (targets[part].flatten() != -100).nonzero().flatten()
-        found.append(Batch(tokens[part], targets[part], num_valid=len(counted), positions=counted, **masks))
+        batch = Batch(tokens[part], targets[part], num_valid=len(counted), positions=counted, **masks)
+        found.append(batch if runtime.context is None else batch.part(runtime.context))
     return found
 
 
@@ -259,9 +263,8 @@ class Learner:
 
     def held(self) -> tuple[int, int]:
         """(numbers of parameters in this process, numbers that `parallel.elements` predicts)."""
-        parts = self.model.parts if isinstance(self.model, Pipeline) else [self.model]
-        own = [p for part in parts for p in part.parameters()]
-        held = sum((p.to_local() if is_sharded(p) else p).numel() for p in own)
+        # Without the copy of a tied embedding on a process that has both ends of a pipeline.
+        held = sum((p.to_local() if is_sharded(p) else p).numel() for p in self.model.parameters())
         return held, sum(held_elements(self.whole, self.runtime.layout, self.runtime.rank).values())
 
     def checkpoints(self, directory: Path, **settings: Any) -> Checkpoints:

@@ -52,7 +52,7 @@ def test_losses_norms_gradients_and_sizes(processes: int, one: dict[str, Any], t
         kind = case.partition(" / ")[2]
         found = differences([rank[case] for rank in ranks], one[kind])
         assert found["losses"] < 1e-6, case
-        assert found["norms"] < 2e-6, case
+        assert found["norms"] < 3e-6, case
         assert found["gradients"] < 1e-6, case
         assert {name for rank in ranks for name in rank[case]["gradients"]} == one[kind]["gradients"].keys(), case
         for rank in ranks:

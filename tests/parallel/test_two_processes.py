@@ -1,4 +1,4 @@
-"""Two processes under tensor and pipeline parallelism compute what one does; one pair has all cases.
+"""Two processes under tensor, pipeline and context parallelism compute what one does; one pair has all cases.
 
 test_many_processes.py has every kind under every layout.
 """
@@ -17,6 +17,7 @@ TRAINED = {
     "pp2 1f1b": ["pangu_alpha"],
     "pp2 interleaved_1f1b": ["values, siaf"],
     "pp2 zbv": ["mla"],
+    "cp2": ["mla", "pangu_alpha"],
 }
 ALL = [f"{layout} / {kind}" for layout, kinds in TRAINED.items() for kind in kinds]
 SAVED = "values, siaf"
@@ -57,7 +58,7 @@ class TestTraining:
     def test_losses_norms_and_gradients_of_three_steps_are_those_of_one_process(self, ranks, one, case):
         found = differences([rank[case] for rank in ranks], one[case.partition(" / ")[2]])
         assert found["losses"] < 1e-6
-        assert found["norms"] < 2e-6
+        assert found["norms"] < 3e-6
         assert found["gradients"] < 1e-6
 
     @pytest.mark.parametrize("case", ALL)
