@@ -51,6 +51,12 @@ def tensor_refusals(layout: Layout, model: nn.Module) -> list[str]:
         if not hasattr(attention, "head_shapes"):
             key = "tp" if layout.tp > 1 else "cp"
             return [f"parallel.{key}: {type(attention).__name__} of {_place(place)} does not say its heads"]
+        scaling = getattr(getattr(attention, "rope", None), "scaling", None)
+        if layout.cp > 1 and scaling is not None and scaling.by_length:
+            return [
+                f"parallel.cp: the RoPE of {_place(place)} is scaled by the length of each text, of which a process "
+                "has a part. Set parallel.cp=1"
+            ]
     if layout.tp == 1:
         return []
     for place, attention in attentions.items():

@@ -98,6 +98,7 @@ class Pipeline(nn.Module):
         self.config, self.source_keys, self.tied = model.config, model.source_keys, model.tied
         self.vocab_size, self.embed_dim, self.max_seq_len = model.vocab_size, model.embed_dim, model.max_seq_len
         self.loss_settings = model.loss_settings
+        self._loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None  # of the step that runs
         self._schedules: dict[tuple[int, tuple[int, int], bool], Any] = {}
 
     @property
@@ -232,7 +233,7 @@ class Pipeline(nn.Module):
                 return _with_gradient(hidden, lambda hidden: loss_of(batch, hidden))
             return loss_of(batch, hidden)
 
-        schedule._loss_fn = loss_fn
+        self._loss_fn = loss_fn
         index, losses = torch.arange(len(batches), device="cpu"), list[Tensor]()
         run = schedule.step if torch.is_grad_enabled() else schedule.eval
         args = (index,) if 0 in self.held else ()
@@ -277,11 +278,13 @@ class Pipeline(nn.Module):
                     group=self.group,
                 )
             )
-        options: dict[str, Any] = {
-            "n_microbatches": num,
-            "loss_fn": lambda hidden, index: hidden.sum(),
-            "scale_grads": False,
-        }
+
+        def loss_fn(hidden: Tensor, index: Tensor) -> Tensor:
+            assert self._loss_fn is not None
+            return self._loss_fn(hidden, index)
+
+        # Gradients are scaled by their losses, not by the number of micro-batches.
+        options: dict[str, Any] = {"n_microbatches": num, "loss_fn": loss_fn, "scale_grads": False}
         if self.layout.schedule == "1f1b":
             kind = pipelining.Schedule1F1B if torch.is_grad_enabled() else pipelining.ScheduleGPipe
             return kind(stages[0], **options)

@@ -41,7 +41,7 @@ def check_layout(cfg: TrainingConfig, runtime: Runtime, model: Any) -> None:
                 raise UserError(f"key {name}: {what} on whole models, not under {layout}. Leave it out.")
     if isinstance(cfg, PretrainConfig | SftConfig) and cfg.distillation.teacher:
         raise UserError(f"key distillation.teacher: a teacher is a whole model, not under {layout}. Leave it out.")
-    if cfg.runtime.compile and (layout.tp > 1 or layout.pp > 1):
+    if cfg.runtime.compile:
         raise UserError(f"key runtime.compile: layers are not compiled under {layout}. Set runtime.compile=false.")
     assert isinstance(cfg, PretrainConfig | SftConfig)
     sizes = {"global_batch_size": cfg.global_batch_size, "micro_batch_size": cfg.micro_batch_size}
