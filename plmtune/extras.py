@@ -19,6 +19,7 @@ EXTRAS = {
     "llama_cpp": "llama-cpp",
     "transformers": "transformers",
     "executorch": "executorch",
+    "submitit": "slurm",
 }
 
 
@@ -54,6 +55,11 @@ def install_command(module: str) -> str:
     else:
         what = f"-e {shlex.quote(f'{checkout}[{extra}]')}" if checkout else f'"plmtune[{extra}]"'
     return f"{shlex.quote(sys.executable)} -m pip install {what}"
+
+
+def install_here() -> str:
+    """Return the command that installs the checkout in the working directory, on another machine."""
+    return "python3 -m pip install --editable ."
 
 
 def _checkout() -> Path | None:

@@ -20,6 +20,7 @@ ALLOWED: dict[str, str] = {
     "extras": "",
     "dtypes": "",
     "io": "",
+    "launch": "io",
     "registry": "io",
     "config": "io registry",
     "sandbox": "io",
@@ -43,8 +44,8 @@ ALLOWED: dict[str, str] = {
     "clusters": "io config modules parallel optim training devices",
     "recipes": "io registry config modules tokenizers models plmtune data quantization pruning inference training "
     "preference evaluation",
-    "cli": "io registry config modules tokenizers native models plmtune data inference training evaluation export "
-    "devices clusters parallel",
+    "cli": "io launch registry config modules tokenizers native models plmtune data inference training evaluation "
+    "export devices clusters parallel",
     "__main__": "cli",
 }
 
@@ -114,6 +115,9 @@ class TestDirections:
             names |= {node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)}
             assert not [name for name in names if name.split(".")[0] == package], path
 
+    def test_only_launch_imports_submitit(self) -> None:
+        assert importers("submitit") == {f"plmtune/launch/{name}.py" for name in ("slurm", "slurm_task")}
+
     def test_no_pickle_is_read_or_written(self) -> None:
         assert not importers("pickle")
         calls = ("torch.load(", "torch.save(", "trust_remote_code=True", "allow_pickle=True", "instantiate(")
@@ -176,7 +180,7 @@ READING = [
         "cp pretrain mine.yaml",
         "data prepare --help",
     ),
-    *("eval --help", "chat --help", "perplexity --help"),
+    *("eval --help", "chat --help", "perplexity --help", "launch --help", "launch slurm --help"),
     *("export --help", "verify --help", "bench --help", "plan --help"),
 ]
 BUILD = """

@@ -30,6 +30,7 @@ from plmtune.io.signals import end_in_order
 COMMANDS = {
     "run": "Run a recipe: plmtune run NAME [FILE.yaml] [KEY=VALUE]",
     "resume": "Resume a stopped run: plmtune resume [RUN_DIR] [KEY=VALUE]",
+    "launch": "Start a run on many processes: here, or on Slurm",
     "runs": "List runs: status, step, loss and time of each",
     "checkpoints": "List a run's checkpoints and verify them",
     "ls": "List recipes, configs and groups, or the components of a group",

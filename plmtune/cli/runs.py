@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from plmtune.cli.options import PATH, check_output, option, print_json_option
 from plmtune.cli.runs_table import reasons, table
 from plmtune.errors import UserError
 from plmtune.io.run_comparison import Score, keep, read_rows, set_score, sort, write_csv
-from plmtune.io.run_summary import find_runs
+from plmtune.io.run_summary import Summary, find_runs
 from plmtune.io.tables import show
+from plmtune.launch.queue import queue_states
+from plmtune.launch.record import find_launches, read_launch
 
 
 @click.command()
@@ -44,7 +47,7 @@ def runs(
 
     A failed run is listed with its reason. A run has the status "killed" if it recorded no end and its process is gone.
     The column "step" holds the last logged step. "saved step" is the step of the newest checkpoint: resume continues
-    from it, and other commands read it.
+    from it, and other commands read it. "queue" is how the job of plmtune launch slurm stands, as squeue and sacct say.
 
     With --score, --device, --csv or --plot the runs are compared: the keys that differ are columns, and Spearman's rank
     correlation of each with the score is printed, of finished runs. A KEY is one of a config (model.num_layers), of
@@ -69,10 +72,11 @@ def runs(
         if not directory.is_dir():
             raise UserError(f"There is no directory {directory}. Runs are in runs/, where plmtune run was called.")
         paths |= {path.resolve(): path for path in find_runs(directory) if path.resolve() not in paths}
-    if not paths:
+    compares = any(one is not None for one in (score, device, csv_path, plot))
+    waiting = [] if compares or filters or sort_by else _waiting(directories or (Path("runs"),), [*paths.values()])
+    if not paths and not waiting:
         where = ", ".join(map(str, directories or ("runs",)))
         raise UserError(f"There are no runs in {where}. Start one: plmtune run pretrain")
-    compares = any(one is not None for one in (score, device, csv_path, plot))
     rows = read_rows([*paths.values()])
     wanted = Score.parse(score or "validation_loss")
     if compares and (score is not None or any(wanted.key in row.values for row in rows)):
@@ -84,11 +88,13 @@ def runs(
         speeds = set_speeds(rows, device or "pi5", scheme, context)
     for text in filters:
         rows = keep(rows, text)
-    if not rows:
+    if filters and not rows:
         raise UserError(f"--filter: it holds for none of {len(paths):,} runs.")
     rows = sort(rows, sort_by) if sort_by else rows
     found = [row.summary for row in rows]
     if not compares:
+        found += waiting
+        _set_queue(found)
         if as_json:
             click.echo(json.dumps([asdict(one) for one in found], indent=1))
         else:
@@ -113,3 +119,23 @@ def runs(
     if not as_json:
         for path in filter(None, (csv_path, plot)):
             show(f"{path} written")
+
+
+def _waiting(directories: Sequence[Path], known: Sequence[Path]) -> list[Summary]:
+    """Launches whose runs have not begun: their jobs are queued, or ended before."""
+    paths = {path.resolve(): path for directory in directories for path in find_launches(directory, known)}
+    return [Summary(str(path), status="not begun") for path in paths.values()]
+
+
+def _set_queue(found: Sequence[Summary]) -> None:
+    """Ask how the jobs of launched runs stand. A finished run is not asked for."""
+    launches = {}
+    for one in found:
+        launch = read_launch(Path(one.path))
+        if launch is not None and launch.backend != "local" and one.status != "finished":
+            launches[Path(one.path)] = launch
+    states = queue_states(launches)
+    for one in found:
+        one.queue = states.get(Path(one.path))
+        if one.queue and ": running" in one.queue and one.status == "killed":
+            one.status = "running"  # on another machine, whose lock is not seen here

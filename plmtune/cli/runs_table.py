@@ -18,6 +18,7 @@ def status_cell(status: str) -> Cell:
 def table(found: Sequence[Summary], settings: Sequence[str] = ()) -> Table:
     """A row for each run, with the settings that are its own where these are given."""
     shaped, counted = any(one.shape for one in found), any(one.tokens for one in found)
+    queued = any(one.queue for one in found)
     rows = Table(
         [
             Column("run", key=True),
@@ -28,6 +29,7 @@ def table(found: Sequence[Summary], settings: Sequence[str] = ()) -> Table:
             *numbers({"step": 0, "saved step": 0}),
             *numbers({"tokens": 2} if counted else {}),
             *numbers({"loss": 0, "bits a byte": 2, "time": 5}),
+            *(["queue"] if queued else []),
             *([Column("settings", folds=True)] if any(settings) else []),
         ]
     )
@@ -44,6 +46,7 @@ def table(found: Sequence[Summary], settings: Sequence[str] = ()) -> Table:
             "" if one.loss is None else f"{one.loss:.4f}",
             "" if one.bits_per_byte is None else f"{one.bits_per_byte:.4f}",
             "" if one.seconds is None else show_duration(one.seconds),
+            *([one.queue or ""] if queued else []),
             *([own] if any(settings) else []),
         )
     return rows

@@ -48,6 +48,7 @@ class Summary:
     loss: float | None = None  # the newest validation loss, or where there is none the newest training loss
     bits_per_byte: float | None = None
     seconds: float | None = None  # from begin to end, summed over its attempts
+    queue: str | None = None  # how the job that launched it stands in the queue
 
     @property
     def shape(self) -> str:

@@ -8,6 +8,7 @@ import pytest
 from plmtune.cli import COMMANDS, cli
 
 PATHS = [(), *((name,) for name in COMMANDS)]
+PATHS += [("launch", "local"), ("launch", "slurm"), ("launch", "skypilot"), ("launch", "kubernetes")]
 PATHS += [("data", "prepare"), ("data", "inspect"), ("tokenizer", "train"), ("tokenizer", "inspect")]
 
 
