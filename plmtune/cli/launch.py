@@ -115,8 +115,7 @@ def slurm(
     the run.
 
     \b
-    plmtune launch slurm --nodes 2 --processes 16 --gpus --time 8h --partition gpu \\
-        run pretrain conf/plm_1.8b.yaml runtime.strategy=fsdp
+    plmtune launch slurm --nodes 2 --processes 16 --gpus --time 8h run pretrain conf/plm_1.8b.yaml
     plmtune launch slurm --processes 2 --time 30m run demo
     """
     _refuse_inside()
@@ -181,8 +180,7 @@ def skypilot(
     """Write a task of SkyPilot that runs plmtune run; nothing is submitted.
 
     \b
-    plmtune launch skypilot --nodes 2 --processes 16 --accelerators H100 --storage s3://my-runs --spot \\
-        --write task.yaml run pretrain mine.yaml
+    plmtune launch skypilot --nodes 2 --processes 16 --accelerators H100 --write task.yaml run pretrain mine.yaml
     """
     command, per_node, cfg = _check_elsewhere(words, nodes, processes, path, no_check)
     from plmtune.launch.manifests import skypilot_task, write_manifest
@@ -229,8 +227,7 @@ def kubernetes(
     """Write a PyTorchJob of Kubeflow's training operator that runs plmtune run; nothing is submitted.
 
     \b
-    plmtune launch kubernetes --nodes 2 --processes 16 --gpus --image me/plmtune:1 --volume runs \\
-        --write job.yaml run pretrain mine.yaml
+    plmtune launch kubernetes --processes 8 --gpus --image me/plmtune:1 --volume runs --write job.yaml run demo
     """
     command, per_node, cfg = _check_elsewhere(words, nodes, processes, path, no_check)
     from plmtune.launch.manifests import pytorch_job, write_manifest
