@@ -78,7 +78,7 @@ class TestADeadRank:
         lost = re.findall(r"Rank \d+ lost (.*?) in ", said)
         assert all(re.search(rf"\b{dead}\b", ranks) for ranks in lost), said
         with torchrun(place, *keys, "run_dir=again", processes=processes, options=("--max-restarts=1",)) as job:
-            wait_for_step(place, "again", 4, job)
+            wait_for_step(place, "again", 6, job)  # the save of step 3 is on the disk by then
             rank(job, dead).send_signal(signal.SIGKILL)
             code, said = end(place, job, 300)
         assert code == 0, said
