@@ -45,6 +45,7 @@ _CONTEXTS = "128,2048,4096"
 @option("--cluster TEXT", "Rank the layouts of training on this cluster: a name or FILE.yaml.")
 @option("--processes N", "With --cluster, plan for N processes: whole nodes, or a part of one.")
 @option("--layout TEXT", "With --cluster, show the place of this layout, too, such as tp=8,pp=16,dp_shard=16.")
+@option("--simulate N", "Try the layout of the config on N processes, with a fake process group on this one.")
 @json_option
 @option("--plot FILE.png", "Plot speeds, the Pareto front of a sweep, or with --cluster a simulated step.")
 @import_option
@@ -64,6 +65,7 @@ def plan(
     cluster: str | None,
     processes: int | None,
     layout: str | None,
+    simulate: int | None,
     json_path: Path | None,
     plot: Path | None,
 ) -> None:
@@ -80,11 +82,19 @@ def plan(
     plmtune plan pretrain model=plm_150m --sweep model.embed_dim=512,768 'model.num_layers=range(8,25,4)'
     plmtune plan demo --sweep --device pi5
     plmtune plan plm_1.8b --cluster h100 --processes 32
+    plmtune plan plm_1.8b --simulate 64 parallel.tp=2 global_batch_size=512
     """
     check_output(json_path, ".json")
     check_output(plot, ".png")
+    if simulate is not None:
+        _refuse_besides("--simulate", "simulate")
+
+        from plmtune.cli.plan_simulate import show_simulation
+
+        show_simulation(name, *divide(arguments), simulate)
+        return
     if cluster is not None:
-        _refuse_with_cluster()
+        _refuse_besides("--cluster", "cluster", "processes", "layout", "json_path", "plot")
 
         from plmtune.cli.plan_cluster import Asked as AskedOfCluster
         from plmtune.cli.plan_cluster import show_cluster_plan
@@ -135,13 +145,12 @@ def plan(
     show_plan(name, model_shape, asked, training, without_budget=cfg is not None and not budget)
 
 
-def _refuse_with_cluster() -> None:
-    """Refuse options of predictions on one device."""
+def _refuse_besides(flag: str, *names: str) -> None:
+    """Refuse options that do not count with `flag`, whose own are `names`."""
     context = click.get_current_context()
     for parameter in context.command.params:
-        kept = ("name", "arguments", "cluster", "processes", "layout", "json_path", "plot")
+        kept = ("name", "arguments", *names)
         given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
         if given and parameter.param_type_name == "option" and parameter.name not in kept and parameter.expose_value:
-            raise UserError(
-                f"{parameter.opts[0]} is of a plan for one device, and --cluster of training: leave one out."
-            )
+            of_one = f"{parameter.opts[0]} is of a plan for one device, and --cluster of training: leave one out."
+            raise UserError(of_one if flag == "--cluster" else f"{parameter.opts[0]} does not count with {flag}.")
