@@ -189,10 +189,10 @@ def _boxes(shape: Sequence[int], mesh: tuple[int, ...], placements: Any) -> set[
     """Where the shards of all coordinates of a mesh lie, empty ones left out."""
     from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset as place_of
 
-    found = set()
+    found: set[Box] = set()
     for coordinate in itertools.product(*map(range, mesh)):
         # Private, as the public form knows this process's coordinate alone.
-        sizes, starts = place_of(shape, mesh, lambda dim, at=coordinate: at[dim], placements)
+        sizes, starts = place_of(tuple(shape), mesh, coordinate.__getitem__, placements)
         if all(sizes):
             found.add(tuple((start, start + size) for start, size in zip(starts, sizes, strict=True)))
     return found

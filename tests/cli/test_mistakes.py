@@ -61,7 +61,7 @@ COMMANDS = [
     ("checkpoints nowhere", "nowhere holds no checkpoints. Give a run"),
     ("checkpoints m", "m holds no checkpoints. Give a run (runs/demo/latest), or"),
     ("runs nowhere", "There is no directory nowhere. Runs are in runs/, where"),
-    ("ls nosuch", "There is no group nosuch. Known: attention, data, devices"),
+    ("ls nosuch", "There is no group nosuch. Known: attention, clusters, data, devices"),
     ("ls runs", "There is no group runs. runs is a command: plmtune runs"),
     ("ls plm_20m", "There is no group plm_20m. plm_20m is a preset of the group"),
     ("cp nosuch x.yaml", "There is no config, preset or recipe nosuch. See: plmtune"),
