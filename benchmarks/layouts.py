@@ -1,6 +1,6 @@
 """Measured steps of all layouts of some gloo processes beside their predictions (plmtune plan --cluster).
 
-    python benchmarks/layouts.py --processes 8 --seconds 1
+    python benchmarks/layouts.py --processes 8
 
 One set of processes trains a small model under one layout after the other, in two rounds of opposite order. The table
 has the fastest step of each round's median, the prediction for plmtune/clusters/gloo.yaml, and the ranks of both. The
@@ -40,7 +40,7 @@ from plmtune.registry import component
 from plmtune.training import distributed
 from plmtune.training.runtime import Runtime
 
-ROWS, VOCABULARY = 32, 4096
+ROWS, VOCABULARY = 16, 4096
 
 
 def build(seq_len: int) -> Decoder:
@@ -52,7 +52,7 @@ def build(seq_len: int) -> Decoder:
 
 
 def step_seconds(layout: Layout, rank: int, seq_len: int, seconds: float) -> float:
-    """The median step of one layout, of as many as fit into `seconds` but three at least, after one that warms up."""
+    """The median step of one layout, of as many as fit into `seconds` but two at least, after one that warms up."""
     runtime = Runtime(torch.device("cpu"), torch.float32, layout, rank, timedelta(minutes=5))
     runtime.processes = arrange(layout, runtime.device, runtime.timeout)
     model = runtime.allocate(build(seq_len))
@@ -85,7 +85,7 @@ def step_seconds(layout: Layout, rank: int, seq_len: int, seconds: float) -> flo
 
     step()
     times: list[float] = []
-    while len(times) < 3 or not distributed.any_rank(sum(times) > seconds):
+    while len(times) < 2 or not distributed.any_rank(sum(times) > seconds):
         dist.barrier()
         start = time.perf_counter()
         step()
@@ -116,8 +116,8 @@ def main() -> None:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=8)
-    parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of a layout's steps in one round")
+    parser.add_argument("--seq-len", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=0.5, help="of a layout's steps in one round")
     options = parser.parse_args()
     cluster = replace(load_cluster("gloo"), devices_per_node=options.processes)
     job = Job(build(options.seq_len), options.seq_len, ROWS, torch.float32)

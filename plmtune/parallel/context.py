@@ -41,9 +41,9 @@ class ContextShard:
 
     def gather(self, part: Tensor, dim: int) -> Tensor:
         """The whole of a tensor whose dimension `dim` counts the tokens, in their order."""
-        from torch.distributed._functional_collectives import all_gather_tensor_autograd
+        from torch.distributed._functional_collectives import all_gather_single_autograd
 
-        whole = all_gather_tensor_autograd(part.contiguous(), dim, self.group)
+        whole = all_gather_single_autograd(part.contiguous(), dim, self.group)
         return in_order(whole, dim, self.size)
 
 
