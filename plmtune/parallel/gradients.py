@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from plmtune.modules.sharding import full_tensor, is_sharded
+from plmtune.modules.sharding import full_tensor, is_sharded, to_local
 from plmtune.parallel.mesh import Processes
 
 
@@ -22,11 +22,12 @@ def clip_grad_norm(model: nn.Module, max_norm: float | None, processes: Processe
     if processes is None or processes.layout.tp * processes.layout.pp == 1:
         return full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf")))
     add_up_parts(parameters)
-    copies = getattr(model, "copies", ())
-    counted = [p for p in parameters if id(p) not in copies]
-    norm = total_norm(counted, processes)
-    for group in _by_mesh(parameters):
-        torch.nn.utils.clip_grads_with_norm_(group, max_norm or float("inf"), norm)
+    norm = total_norm(model, parameters)
+    if max_norm:
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        for parameter in parameters:
+            assert parameter.grad is not None
+            to_local(parameter.grad).mul_(factor)
     return norm
 
 
@@ -38,22 +39,26 @@ def add_up_parts(parameters: Sequence[Tensor]) -> None:
             parameter.grad = gradient.redistribute(placements=parameter.placements)
 
 
-def total_norm(parameters: list[nn.Parameter], processes: Processes) -> Tensor:
-    """The norm of the gradients of all processes' parameters, each counted once."""
-    gradients = [[p.grad for p in group if p.grad is not None] for group in _by_mesh(parameters)]
-    norms = [full_tensor(torch.nn.utils.get_total_norm(group)) for group in gradients]
-    device = norms[0].device if norms else torch.device(processes.mesh.device_type)
-    squares = torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)
-    pp = processes.part("pp")
-    if pp is not None:
-        dist.all_reduce(squares, group=pp.get_group())
-    return squares.sqrt()
+def total_norm(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The norm of the gradients of all processes' parameters, each number counted once.
 
-
-def _by_mesh(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters that one operation on DTensors may take together."""
-    groups: dict[object, list[nn.Parameter]] = {}
+    One exchange between all processes, so that all get the same bits: DTensors would add up one dimension of the mesh
+    after the other, in orders that may differ.
+    """
+    copies = getattr(model, "copies", ())
+    counted = []
     for parameter in parameters:
-        key = (parameter.device_mesh,) if is_sharded(parameter) else None
-        groups.setdefault(key, []).append(parameter)
-    return list(groups.values())
+        gradient = parameter.grad
+        if gradient is None or id(parameter) in copies:
+            continue
+        if is_sharded(gradient):
+            mesh = gradient.device_mesh
+            equal = [dim for dim, placement in enumerate(gradient.placements) if placement.is_replicate()]
+            if any(mesh.get_local_rank(dim) for dim in equal):
+                continue  # a process before this one has the same numbers
+        counted.append(to_local(gradient))
+    device = next(iter(parameters)).device
+    norm = torch.nn.utils.get_total_norm(counted) if counted else torch.zeros((), device=device)
+    square = norm.to(device, torch.float32).square()
+    dist.all_reduce(square)
+    return square.sqrt()
