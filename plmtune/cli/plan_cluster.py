@@ -58,8 +58,6 @@ def show_cluster_plan(name: str, overlays: Sequence[str], overrides: Sequence[st
         raise UserError(f"--cluster plans training, and {name} says no batches. Give a config such as pretrain.")
     check_seq_len(cfg.seq_len, shape.model)
     given = {text.lstrip("+~").partition("=")[0] for text in overrides}
-    by_name = isinstance(cfg.runtime.activation_checkpointing, str)
-    unchecked, full = ("none", "full") if by_name else (False, True)
     in_fp32 = cfg.runtime.precision == "fp32" or (cfg.runtime.precision == "auto" and cluster.shared)
     job = Job(
         shape.model,
@@ -68,14 +66,13 @@ def show_cluster_plan(name: str, overlays: Sequence[str], overrides: Sequence[st
         torch.float32 if in_fp32 else torch.bfloat16,
         cfg.optimizer.name if cfg.optimizer else "adamw",
         int(cfg.loss.settings.get("chunk_rows", 1024)),
-        unchecked,
     )
     found = search(
         job,
         cluster,
         micro_batch_sizes=_choices(cfg.micro_batch_size, _MICRO_BATCH_SIZES, fixed="micro_batch_size" in given),
         checkpointings=_choices(
-            cfg.runtime.activation_checkpointing, (unchecked, full), fixed="runtime.activation_checkpointing" in given
+            cfg.runtime.activation_checkpointing, ("none", "full"), fixed="runtime.activation_checkpointing" in given
         ),
         fixed=_fixed(cfg.parallel, given),
     )
@@ -149,17 +146,13 @@ def _print_ranking(shown: list[Prediction], best: list[Prediction], own: Layout 
             f"{place:,}",
             _name_of(each.plan.layout),
             f"{each.plan.micro_batch_size} x {each.micro_batches}",
-            _show_checkpointing(each.plan.checkpointing),
+            str(each.plan.checkpointing),
             show_bytes(each.memory.total),
             show_number(each.seconds),
             show_number(each.tokens_per_second, 4),
             f"{each.mfu:.1%}",
         )
     show("", table, "micro-batch: rows of one forward x forwards of a step, on each process")
-
-
-def _show_checkpointing(value: Any) -> str:
-    return ("full" if value else "none") if isinstance(value, bool) else str(value)
 
 
 def _print_terms(shown: list[Prediction]) -> None:
@@ -188,8 +181,7 @@ def _print_command(name: str, overrides: Sequence[str], plan: Plan) -> None:
     sizes = [f"parallel.{key}={getattr(layout, key)}" for key in DIMENSIONS]
     more = [f"parallel.schedule={layout.schedule}"] if layout.schedule != "1f1b" else []
     more += [] if layout.reshard_after_forward else ["parallel.reshard_after_forward=false"]
-    value = str(plan.checkpointing).lower() if isinstance(plan.checkpointing, bool) else plan.checkpointing
-    others = [f"micro_batch_size={plan.micro_batch_size}", f"runtime.activation_checkpointing={value}"]
+    others = [f"micro_batch_size={plan.micro_batch_size}", f"runtime.activation_checkpointing={plan.checkpointing}"]
     show("", "Keys of the first: " + " ".join([*sizes, *more, *others]))
 
 
@@ -219,7 +211,7 @@ def _print_own(own: Layout, best: list[Prediction], found: Found, job: Job, micr
 
 def _show_large(plan: Plan, memory: Memory) -> str:
     return (
-        f"micro-batches of {plan.micro_batch_size} with checkpointing {_show_checkpointing(plan.checkpointing)} need "
+        f"micro-batches of {plan.micro_batch_size} with checkpointing {plan.checkpointing} need "
         f"{show_bytes(memory.total)}"
     )
 

@@ -55,8 +55,10 @@ class Costs:
         self.tokens = plan.tokens(job)
         self.stages = job.sizes(self.layout)
         self._passes: dict[tuple[bool, StageSizes], Pass] = {}  # most stages are equal
-        self.whole = job.activations(job.unchecked)
-        self.recomputes = job.activations(plan.checkpointing).kept < self.whole.kept
+        self.whole = job.activations("none")
+        kinds = job.kinds(plan.checkpointing)
+        # Shares of the layers that are computed again, and whose matrix products are.
+        self.again, self.products_again = 1 - kinds.count("none") / len(kinds), kinds.count("full") / len(kinds)
 
     # --- time of a stage
 
@@ -76,15 +78,13 @@ class Costs:
 
     def _backward(self, stage: StageSizes) -> Pass:
         found = self._pass(stage, 2, _BACKWARD_PASSES)
-        if not self.recomputes:
-            return found
         again = self._layers(stage, 1, _FORWARD_PASSES)
         return Pass(
-            found.products + again.products,
-            found.elements + again.elements,
-            found.launches + again.launches,
-            found.tp + again.tp,
-            found.cp + again.cp,
+            found.products + self.products_again * again.products,
+            found.elements + self.again * again.elements,
+            found.launches + self.again * again.launches,
+            found.tp + self.again * again.tp,
+            found.cp + self.again * again.cp,
         )
 
     def _layers(self, stage: StageSizes, products: int, passes: int) -> Pass:
@@ -190,11 +190,11 @@ class Costs:
 
         for index in layout.stages_of(pp_rank):
             stage = self.stages[index]
-            for backward in (False, True, *([False] if self.recomputes else [])):
+            for backward, times in ((False, 1 + self.again), (True, 1)):
                 for sent in self._tp_of_layers(stage, backward=backward):
-                    add(sent, number)
+                    add(sent, number * times)
             add(self._tp_of_ends(stage), 2 * number)
-            add(self._cp_of_layers(stage), number * (3 if self.recomputes else 2))
+            add(self._cp_of_layers(stage), number * (2 + self.again))
             add(self.message(), number * ((not stage.last) + (not stage.first)))
         add(self.gathered(pp_rank))
         for sent in self.reduced(pp_rank):

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from plmtune.modules.checkpointing import Checkpointing, of_layer
 from plmtune.modules.decoder import Decoder
 from plmtune.optim.optimizers import optimizer_bytes
 from plmtune.parallel.elements import EMBEDDING, Part, parts
 from plmtune.parallel.layout import Layout, layers_of_stages
-from plmtune.training.estimate import activation_bytes, attention_flops
+from plmtune.training.activations import activation_bytes
+from plmtune.training.estimate import attention_flops
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,6 @@ class Job:
         dtype: of the arithmetic.
         optimizer: its name in the registry.
         chunk_rows: tokens whose logits the loss holds at once.
-        unchecked: the value of `runtime.activation_checkpointing` with which all activations are kept.
     """
 
     model: Decoder = field(repr=False)
@@ -49,7 +50,6 @@ class Job:
     dtype: torch.dtype
     optimizer: str = "adamw"
     chunk_rows: int = 1024
-    unchecked: Any = False
     _sizes: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -113,24 +113,29 @@ class Job:
         found = getattr(attention, "kv_b_proj", None)
         return 0 if found is None else int(found.weight.numel())
 
-    def activations(self, checkpointing: Any) -> Activations:
-        """Those of a layer, found by forwards of a few tokens (`training.estimate.activation_bytes`)."""
+    def kinds(self, checkpointing: Checkpointing) -> list[str]:
+        """How each layer is computed."""
+        return [of_layer(checkpointing, index) for index in range(self.num_layers)]
+
+    def activations(self, checkpointing: Checkpointing) -> Activations:
+        """Those of a layer, found by forwards of a few tokens (`training.activations.activation_bytes`)."""
         key = ("activations", checkpointing)
-        if key not in self._sizes:
+        kinds = self.kinds(checkpointing)
+        if len(set(kinds)) > 1:  # the mean of all layers
+            none, full = self.activations("none"), self.activations("full")
+            share = kinds.count("full") / len(kinds)
+            self._sizes[key] = Activations(none.kept + share * (full.kept - none.kept), full.at_work)
+        elif key not in self._sizes:
             deep = min(self.num_layers, 8)
             one, several = (self._of_layers(number, checkpointing) for number in (1, deep))
             kept = (several - one) / (deep - 1) if deep > 1 else one
-            bare = (
-                self._of_layers(1, self.unchecked) - self._of_layers(2, self.unchecked) / 2
-                if self.num_layers > 1
-                else 0.0
-            )
+            bare = self._of_layers(1, "none") - self._of_layers(2, "none") / 2 if self.num_layers > 1 else 0.0
             ends = max(0.0, 2 * bare)
             self._sizes[key] = Activations(kept, max(0.0, one - ends - kept))
         found: Activations = self._sizes[key]
         return found
 
-    def _of_layers(self, number: int, checkpointing: Any) -> float:
+    def _of_layers(self, number: int, checkpointing: Checkpointing) -> float:
         """Bytes a token of a model with fewer layers."""
         model = copy.copy(self.model)
         model._modules = dict(self.model._modules)

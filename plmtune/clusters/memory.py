@@ -7,6 +7,7 @@ from typing import Any
 
 from plmtune.clusters.job import Job, StageSizes
 from plmtune.clusters.orders import held_at_once
+from plmtune.modules.checkpointing import Checkpointing
 from plmtune.parallel.checks import micro_batches
 from plmtune.parallel.layout import Layout
 
@@ -24,7 +25,7 @@ class Plan:
 
     layout: Layout
     micro_batch_size: int
-    checkpointing: Any = False
+    checkpointing: Checkpointing = "none"
 
     def micro_batches(self, job: Job) -> int:
         """Of a step on one process."""
@@ -80,7 +81,7 @@ def _of_process(job: Job, plan: Plan, in_flight: frozenset[tuple[int, ...]], min
         gathered = job.itemsize * (numel if whole_step or not layout.reshard_after_forward else at_once)
         unreduced = 4.0 * numel if whole_step else float(job.itemsize * at_once)
     elif job.itemsize < 4:  # autocast's copies, which the backward reads
-        gathered = job.itemsize * (numel if plan.checkpointing == job.unchecked else at_once)
+        gathered = job.itemsize * (numel if "none" in job.kinds(plan.checkpointing) else at_once)
     kept = job.activations(plan.checkpointing)
     a_layer = tokens * kept_share(job, layout, kept.kept)
     activations = max(

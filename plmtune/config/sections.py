@@ -71,8 +71,20 @@ class RuntimeConfig:
     shard_size: Size | None = None  # hsdp: processes that share one copy of the model; default: those of a machine
     deterministic: bool = False
     compile: bool = False
-    activation_checkpointing: bool = False
+    # none, full, selective, or a number n: full for every n-th layer. Earlier versions had true and false.
+    activation_checkpointing: bool | int | str = "none"
     timeout_minutes: Minutes = 10.0  # a silent process ends the job after this long
+
+    def check(self) -> None:
+        """Take true as full and false as none; refuse other words and numbers."""
+        how = self.activation_checkpointing
+        if isinstance(how, bool):
+            self.activation_checkpointing = "full" if how else "none"
+        elif how not in ("none", "full", "selective") and (isinstance(how, str) or how < 2):
+            raise ValueError(
+                f"activation_checkpointing: {how!r:.80} is none of none, full, selective, and a number n of at least 2 "
+                "(full for every n-th layer)"
+            )
 
 
 @dataclass

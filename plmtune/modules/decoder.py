@@ -7,10 +7,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from plmtune.modules.attention_kernels import mark_for_compile
 from plmtune.modules.cache import Cache, LayerCache, SharedPrefix
+from plmtune.modules.checkpointing import Checkpointing, keep_products, run_layer
 from plmtune.modules.initial_weights import Init, draw_weights
 from plmtune.modules.linear import linear
 from plmtune.modules.norm import autocast_active
@@ -69,8 +69,12 @@ class DecoderLayer(nn.Module):
         mask: Mask = None,
         input_pos: Tensor | None = None,
         cache: LayerCache | None = None,
+        selective: bool = False,
         **of_tokens: Tensor,
     ) -> Tensor:
+        """Return the output, [b, s, d]; selective: see `checkpointing`."""
+        if selective:
+            return keep_products(self.forward, x, mask=mask, input_pos=input_pos, cache=cache, **of_tokens)
         attended = self.attention(self.attention_norm(x), mask=mask, input_pos=input_pos, cache=cache, **of_tokens)
         x = self._add(x, attended, self.post_attention_norm)
         return self._add(x, self.ffn(self.ffn_norm(x)), self.post_ffn_norm)
@@ -106,7 +110,8 @@ class Decoder(nn.Module):
 
     Attributes:
         value_embeddings: of the layers whose attention has a `value_embed_width`, by their number; or None.
-        activation_checkpointing: in training keep only each layer's input and compute the rest again.
+        activation_checkpointing: what training keeps of each layer for the backward: none, full, selective, or a
+            number, see `checkpointing`.
         config: the component and settings it was built from, as `plmtune.models` fills in; saved with it.
         source_keys: config.json of the checkpoint that it was read from, empty for another model.
         quantization: the scheme that its quantized layers come from, as plain data; empty where none are.
@@ -158,7 +163,7 @@ class Decoder(nn.Module):
         self.tied = tie_embeddings
         self.init_std = init_std
         self.embed_scale, self.logit_scale, self.logit_soft_cap = embed_scale, logit_scale, logit_soft_cap
-        self.activation_checkpointing = False
+        self.activation_checkpointing: Checkpointing = "none"
         self.config: dict[str, Any] = {}
         self.source_keys: dict[str, Any] = {}
         self.quantization: dict[str, Any] = {}
@@ -388,13 +393,11 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """The last layer's output, [b, s, d], of the first one's input x (Tensor), [b, s, d]; a stage of a pipeline
         has some of the layers."""
+        how = self.activation_checkpointing if self.training and cache is None else "none"
         for index, layer in self.numbered_layers.items():
             of_tokens = self.of_tokens(index, tokens, input_pos, start=start)
-            if self.activation_checkpointing and self.training and cache is None:
-                x = checkpoint(layer, x, mask=mask, input_pos=input_pos, use_reentrant=False, **of_tokens)
-            else:
-                kept = cache.layer(index) if cache is not None else None
-                x = layer(x, mask=mask, input_pos=input_pos, cache=kept, **of_tokens)
+            kept = cache.layer(index) if cache is not None else None
+            x = run_layer(how, index, layer, x, mask=mask, input_pos=input_pos, cache=kept, **of_tokens)
             if self.observe is not None:
                 self.observe(index, x)
         if cache is not None:

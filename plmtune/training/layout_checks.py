@@ -7,6 +7,7 @@ from typing import Any
 from plmtune.config.schema import PreferenceConfig, PretrainConfig, SftConfig, TrainingConfig
 from plmtune.errors import UserError
 from plmtune.parallel.checks import refusals
+from plmtune.parallel.layout import Layout
 from plmtune.training.runtime import Runtime
 
 
@@ -20,6 +21,7 @@ def check_layout(cfg: TrainingConfig, runtime: Runtime, model: Any) -> None:
         UserError: with the key.
     """
     layout = runtime.layout
+    _check_checkpointing(cfg, layout)
     used = [key for key in ("tp", "pp", "cp") if getattr(layout, key) > 1]
     if not used:
         return
@@ -48,3 +50,21 @@ def check_layout(cfg: TrainingConfig, runtime: Runtime, model: Any) -> None:
     seq_len = getattr(cfg, "seq_len", None)
     if model is not None and seq_len is not None and (found := refusals(layout, model, seq_len=seq_len, **sizes)):
         raise UserError("\n".join(f"key {sentence}." for sentence in found))
+
+
+def _check_checkpointing(cfg: TrainingConfig, layout: Layout) -> None:
+    if cfg.runtime.activation_checkpointing != "selective":
+        return
+    key = "key runtime.activation_checkpointing: selective"
+    if layout.pp > 1 and layout.schedule == "zbv":
+        raise UserError(
+            f"{key} keeps results for one backward, and parallel.schedule=zbv goes through each stage twice. Choose "
+            "full, or parallel.schedule=1f1b."
+        )
+    packed = cfg.document_mask if isinstance(cfg, PretrainConfig) else isinstance(cfg, SftConfig)
+    if cfg.runtime.compile and packed:
+        rows = "document_mask" if isinstance(cfg, PretrainConfig) else "packed rows"
+        raise UserError(
+            f"{key} is compiled with its layer, and attention of {rows} is not compiled. Choose full, or set "
+            "runtime.compile=false."
+        )

@@ -41,7 +41,7 @@ class TestPlanCluster:
 
     def test_overrides_fix_keys(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         code, out, _ = run(
-            monkeypatch, capsys, *BASE, "micro_batch_size=1", "parallel.tp=2", "runtime.activation_checkpointing=true"
+            monkeypatch, capsys, *BASE, "micro_batch_size=1", "parallel.tp=2", "runtime.activation_checkpointing=full"
         )
         assert code == 0
         ranked = [

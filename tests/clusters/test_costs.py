@@ -1,5 +1,7 @@
 """Bytes over links are those of rings, and seconds follow them."""
 
+from typing import Any
+
 import pytest
 from jobs import job_of
 
@@ -12,7 +14,7 @@ from plmtune.parallel.layout import Layout
 ONE, FOUR = load_cluster("h100"), load_cluster("h100").of_processes(32)
 
 
-def sent(job_rows: int, layout: Layout, cluster: Cluster, *, checkpointing: bool = False) -> dict[str, Sent]:
+def sent(job_rows: int, layout: Layout, cluster: Cluster, *, checkpointing: Any = "none") -> dict[str, Sent]:
     costs = Costs(job_of(rows=job_rows), cluster, Plan(layout, 2, checkpointing))
     return {each.dimension: each for each in costs.traffic()}
 
@@ -88,7 +90,7 @@ class TestTraffic:
     def test_checkpointing_sends_the_forward_again(self) -> None:
         forwards = {"tp": 32 * 4 * 8 * 2 * 128 * 64 * 2 / 2, "cp": 8 * 64 * 128 * (512 + 64) * 2 / 2}
         for dimension, layout in (("tp", Layout(tp=2)), ("cp", Layout(cp=2))):
-            off, on = (sent(64, layout, ONE, checkpointing=how)[dimension].node for how in (False, True))
+            off, on = (sent(64, layout, ONE, checkpointing=how)[dimension].node for how in ("none", "full"))
             assert on - off == pytest.approx(forwards[dimension])
 
     def test_context_parallelism_sends_latents_and_their_gradients(self) -> None:

@@ -7,7 +7,7 @@ from jobs import job_of
 from plmtune.clusters.memory import Plan, memory_of
 from plmtune.parallel.elements import held_elements
 from plmtune.parallel.layout import Layout
-from plmtune.training.estimate import activation_bytes
+from plmtune.training.activations import activation_bytes
 
 JOB = job_of()
 
@@ -39,7 +39,7 @@ class TestMemory:
     def test_checkpointing_keeps_a_layers_input(self) -> None:
         inputs = 8 * 2 * 128 * 64 * 2
         whole = memory_of(JOB, Plan(Layout(), 2)).activations
-        assert inputs < memory_of(JOB, Plan(Layout(), 2, True)).activations < inputs + whole / 4
+        assert inputs < memory_of(JOB, Plan(Layout(), 2, "full")).activations < inputs + whole / 4
 
     def test_the_first_stage_of_1f1b_holds_as_many_micro_batches_as_there_are_stages(self) -> None:
         # So four stages of a quarter of the layers hold what one process of all layers holds.

@@ -78,7 +78,7 @@ class TestFormula:
         assert few > 2 * many
 
     def test_checkpointing_costs_a_forward(self, plm: Job) -> None:
-        off, on = (predict(plm, H100, Plan(Layout(dp_shard=8), 2, how)) for how in (False, True))
+        off, on = (predict(plm, H100, Plan(Layout(dp_shard=8), 2, how)) for how in ("none", "full"))
         assert 1.2 < on.seconds / off.seconds < 1.4
         assert on.memory.activations < off.memory.activations / 3
 
@@ -101,7 +101,7 @@ class TestSearch:
 
     def test_every_layout_is_refused_too_large_or_ranked(self) -> None:
         job = job_of(num_layers=4, rows=16)
-        found = search(job, H100, micro_batch_sizes=[1, 2], checkpointings=[False])
+        found = search(job, H100, micro_batch_sizes=[1, 2], checkpointings=["none"])
         ranked = {(p.plan.layout.tp, p.plan.layout.pp) for p in found.fitting}
         assert sum(found.refused.values()) > 0
         assert found.num_layouts == len(list(layouts_of(8)))
@@ -111,13 +111,13 @@ class TestSearch:
 
     def test_keys_fix_dimensions(self) -> None:
         job = job_of(rows=16)
-        found = search(job, H100, micro_batch_sizes=[1], checkpointings=[True], fixed={"tp": 2, "schedule": "zbv"})
+        found = search(job, H100, micro_batch_sizes=[1], checkpointings=["full"], fixed={"tp": 2, "schedule": "zbv"})
         assert {(p.plan.layout.tp, p.plan.layout.schedule) for p in found.fitting} == {(2, "zbv")}
         with pytest.raises(UserError, match=r"parallel\.tp=3: no layout of the cluster's 8 devices has these sizes"):
-            search(job, H100, micro_batch_sizes=[1], checkpointings=[True], fixed={"tp": 3})
+            search(job, H100, micro_batch_sizes=[1], checkpointings=["full"], fixed={"tp": 3})
 
     def test_what_does_not_fit_is_listed_the_least_first(self, plm: Job) -> None:
-        found = search(plm, load_cluster("gloo"), micro_batch_sizes=[1], checkpointings=[True], fixed={"tp": 2})
+        found = search(plm, load_cluster("gloo"), micro_batch_sizes=[1], checkpointings=["full"], fixed={"tp": 2})
         needed = [memory.total for _, memory in found.too_large]
         assert not found.fitting
         assert needed == sorted(needed)

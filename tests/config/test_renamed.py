@@ -132,3 +132,22 @@ def test_the_old_name_of_a_metric_in_a_new_config_is_refused_with_the_new_one() 
     said = "does not measure validation/h. Did you mean validation/logratio_margin[?]"
     with pytest.raises(UserError, match=said):
         check_best_metric("validation/h", preference.METRICS)
+
+
+class TestActivationCheckpointing:
+    @pytest.mark.parametrize(("before", "now"), [(True, "full"), (False, "none")])
+    def test_the_truth_values_of_earlier_runs_are_read_as_words(self, before: bool, now: str, tmp_path: Path) -> None:
+        cfg = compose.compose("pretrain", (), [f"runtime.activation_checkpointing={now}"])
+        plain = typed_config.to_plain(cfg)
+        plain["runtime"]["activation_checkpointing"] = before
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(plain), encoding="utf-8")
+        assert typed_config.load_config(path) == cfg
+        assert typed_config.to_plain(cfg)["runtime"]["activation_checkpointing"] == now
+
+    @pytest.mark.parametrize("how", ["none", "full", "selective", 2, 12])
+    def test_every_form_is_saved_and_read_again(self, how: str | int, tmp_path: Path) -> None:
+        cfg = compose.compose("pretrain", (), [f"runtime.activation_checkpointing={how}"])
+        assert cfg.runtime.activation_checkpointing == how
+        (tmp_path / "config.yaml").write_text(typed_config.to_yaml(cfg), encoding="utf-8")
+        assert typed_config.load_config(tmp_path / "config.yaml") == cfg

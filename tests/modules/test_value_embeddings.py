@@ -19,7 +19,8 @@ from plmtune.models.llama import llama
 from plmtune.modules.decoder import Decoder
 from plmtune.optim.optimizers import adamw, muon
 from plmtune.registry import component
-from plmtune.training.estimate import activation_bytes, estimate
+from plmtune.training.activations import activation_bytes
+from plmtune.training.estimate import estimate
 from plmtune.training.runtime import Runtime
 
 
@@ -124,8 +125,8 @@ class TestElsewhere:
         # Each layer keeps e, the gate and its sigmoid; checkpointed, e alone, and one layer at a time the rest.
         kept = activation_bytes(model, 2, 32) - activation_bytes(plain, 2, 32)
         assert kept == 4 * 64 * 2 * (20 + 2 * 2)
-        kept = activation_bytes(model, 2, 32, activation_checkpointing=True)
-        kept -= activation_bytes(plain, 2, 32, activation_checkpointing=True)
+        kept = activation_bytes(model, 2, 32, activation_checkpointing="full")
+        kept -= activation_bytes(plain, 2, 32, activation_checkpointing="full")
         assert kept == 4 * 64 * (2 * 20 + 2 * 2)
 
     def test_costs_of_a_token_leave_them_out_and_a_sweep_counts_its_layers(self) -> None:

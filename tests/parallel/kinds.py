@@ -15,6 +15,7 @@ from torch import Tensor
 from plmtune.data.batches import Batch
 from plmtune.losses.cross_entropy import cross_entropy
 from plmtune.models.hf import run_state
+from plmtune.modules.checkpointing import Checkpointing
 from plmtune.modules.segments import Segments
 from plmtune.modules.sharding import full_tensor, is_sharded
 from plmtune.parallel.checks import refusals
@@ -54,7 +55,7 @@ class Kind:
     loss: Table
     optimizer: str = "adamw"
     documents: bool = False
-    checkpointing: Any = False
+    checkpointing: Checkpointing = "none"
 
 
 def _gqa(**settings: Any) -> Any:
@@ -71,7 +72,8 @@ _SWIGLU = component("ffn", "swiglu", hidden_dim=64)
 
 KINDS = {
     "mla": Kind("plm", _MLA, {}),
-    "mla, checkpointed": Kind("plm", _MLA, {}, checkpointing=True),
+    "mla, checkpointed": Kind("plm", _MLA, {}, checkpointing="full"),
+    "mla, selective": Kind("plm", _MLA, {}, checkpointing="selective"),
     "gqa": Kind(
         "llama",
         {"attention": _gqa(bias=True, qk_norm=True), "ffn": _SWIGLU, "tie_embeddings": False},
@@ -308,7 +310,9 @@ def learn(kind: str, runtime: Runtime) -> Table:
 
 
 def fits(kind: str, layout: Layout) -> bool:
-    """Whether a layout may train a kind: heads of some kinds are fewer than processes."""
+    """Whether a layout may train a kind: heads of some kinds are fewer than processes, and ZBV runs two backwards."""
+    if layout.schedule == "zbv" and KINDS[kind].checkpointing == "selective":
+        return False
     rows = max(1, ROWS // layout.data_size // MICRO_BATCHES)
     return not refusals(
         layout, on_meta(KINDS[kind]), seq_len=SEQ_LEN, global_batch_size=ROWS, micro_batch_size=rows

@@ -135,7 +135,7 @@ class TestLayers:
         assert last["hidden_difference"] < first["hidden_difference"]
 
     def test_equal_layers_of_an_equal_model_have_no_difference(self, place: Path, whole: Path) -> None:
-        keys = (*self.KEYS, "distillation.teacher_layers=[0,1]", "runtime.activation_checkpointing=true")
+        keys = (*self.KEYS, "distillation.teacher_layers=[0,1]", "runtime.activation_checkpointing=full")
         start("run_dir=run", *keys, f"distillation.teacher={whole}", f"init_from={whole}")
         assert logged(place / "run")[0]["hidden_difference"] < 1e-9
 
