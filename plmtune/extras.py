@@ -20,6 +20,7 @@ EXTRAS = {
     "transformers": "transformers",
     "executorch": "executorch",
     "submitit": "slurm",
+    "jieba": "pangu",
 }
 
 

@@ -118,6 +118,9 @@ class TestDirections:
     def test_only_launch_imports_submitit(self) -> None:
         assert importers("submitit") == {f"plmtune/launch/{name}.py" for name in ("slurm", "slurm_task")}
 
+    def test_only_one_module_imports_jieba(self) -> None:
+        assert importers("jieba") == {"plmtune/tokenizers/jieba_sentencepiece.py"}
+
     def test_no_pickle_is_read_or_written(self) -> None:
         assert not importers("pickle")
         calls = ("torch.load(", "torch.save(", "trust_remote_code=True", "allow_pickle=True", "instantiate(")

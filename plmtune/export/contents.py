@@ -31,6 +31,7 @@ from plmtune.models.hf_config import described_model, hf_config, read_formats
 from plmtune.models.hf_names import hf_name
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, Quantized
+from plmtune.tokenizers.jieba_sentencepiece import JiebaPieces
 from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.tokenizers.tokenizer_files import load_tokenizer
 
@@ -131,6 +132,8 @@ def settings_of(model: Decoder) -> dict[str, float]:
 
 def tokenizer_tables(tokenizer: Tokenizer) -> dict[str, list[str]]:
     """A tokenizer's tokens by id (empty where it has none) and merges, as a GGUF file has them."""
+    if isinstance(tokenizer.vocabulary, JiebaPieces):
+        return {"tokens": tokenizer.vocabulary.texts, "merges": []}
     held = json.loads(tokenizer.as_json)["model"]
     tokens = [""] * tokenizer.vocab_size
     if isinstance(held["vocab"], list):  # Unigram: tokens with their scores

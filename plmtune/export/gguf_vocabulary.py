@@ -12,6 +12,7 @@ from plmtune.models.gguf_pre import name_by_hash, name_by_splits
 from plmtune.models.gguf_sentencepiece import PHI3_NAMES, is_sentencepiece, spaces_of, stripping, written_tokens
 from plmtune.models.gguf_tokenizer import NO_MERGE, PRE_TOKENIZERS
 from plmtune.tokenizers.bpe import SINGLE_BYTES, Vocabulary
+from plmtune.tokenizers.jieba_sentencepiece import JiebaPieces
 from plmtune.tokenizers.library import Library
 from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.tokenizers.tokenizer_json import NEVER_IN_UTF8, to_chars
@@ -35,6 +36,11 @@ def vocabulary_keys(tokenizer: Tokenizer, rows: int) -> tuple[dict[str, Any], li
         UserError: if llama.cpp has no tokenizer like it.
     """
     held = tokenizer.vocabulary
+    if isinstance(held, JiebaPieces):
+        raise UserError(
+            "The tokenizer is PanGu-alpha's: jieba cuts text into words first, which llama.cpp cannot do, so GGUF "
+            "cannot hold it. Use --to hf."
+        )
     try:
         if isinstance(held, Vocabulary):
             keys, notes = _of_ranks(tokenizer, held, rows)

@@ -48,6 +48,7 @@ from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import effective_weight
 from plmtune.modules.quantized import Quantized, is_quantized
 from plmtune.tokenizers.chat_template import find_template
+from plmtune.tokenizers.jieba_sentencepiece import JiebaPieces
 from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.tokenizers.tokenizer_files import TOKENIZER_FILES
 from plmtune.units import show_bytes
@@ -108,6 +109,11 @@ def export_hf(
                 f"The model's norms have eps {keys['rms_norm_eps']}; transformers norms a DeepSeek's latent with "
                 f"{_LATENT_EPS} whatever config.json says, so its numbers differ. vLLM and SGLang use the model's."
             )
+    if isinstance(tokenizer.vocabulary, JiebaPieces):
+        notes.append(
+            "tokenizer.json holds PanGu-alpha's tokenizer in plmtune's form, which transformers refuses, since it "
+            "has no jieba. The ids are those of the SentencePiece model that it was made of, with jieba before it."
+        )
     check_room(directory, sum(tensor.nbytes for tensor in state.values()))
     with new_directory(directory) as temporary:
         # transformers' class of Youtu zeroes the row of a pad token after loading it, and ours is one that ends texts.

@@ -1,6 +1,6 @@
 """Models of the Hugging Face hub by their name, OWNER/NAME[@REVISION]: fetched, or read from the hub's cache.
 
-Only JSON, safetensors, Jinja and tokenizer.model files are fetched: no pickle and no code. The cache is
+Only JSON, safetensors, Jinja and SentencePiece's files are fetched: no pickle and no code. The cache is
 huggingface_hub's own, and reading it needs neither that package nor a network.
 """
 
@@ -179,7 +179,7 @@ def _service_error(error: Exception) -> str:
 def _choose(model: HubModel, sizes: dict[str, int], weights: bool) -> list[str]:
     """Choose the files of a model; a repository without safetensors is refused."""
     names = sorted(name for name in sizes if "/" not in name)
-    small = [name for name in names if name.endswith(_SMALL) or name == "tokenizer.model"]
+    small = [name for name in names if name.endswith(_SMALL) or name in ("tokenizer.model", "vocab.model")]
     if not weights:
         return small
     held = [stem for stem in ("model", "adapter_model") if {f"{stem}.safetensors", f"{stem}{_INDEX}"} & set(names)]

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from plmtune.errors import UserError
+from plmtune.tokenizers.jieba_sentencepiece import JiebaPieces
 from plmtune.tokenizers.kept_ids import KeptIds
 from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.tokenizers.tokenizer_files import engine
@@ -85,7 +87,15 @@ class Compressor:
 
         Args:
             also: further ids that always stay, such as those that a checkpoint's config.json names.
+
+        Raises:
+            UserError: for a tokenizer of jieba's words.
         """
+        if isinstance(tokenizer.vocabulary, JiebaPieces):
+            raise UserError(
+                f"{tokenizer.vocabulary.where}: compress does not make smaller tokenizers of PanGu-alpha's, whose "
+                "pieces are SentencePiece's. Train a SentencePiece model with fewer pieces instead."
+            )
         self.tokenizer = tokenizer
         data = json.loads(tokenizer.as_json)
         self._data = data | {"post_processor": None}

@@ -1,4 +1,4 @@
-"""The tokenizer: byte-level BPE run by tiktoken, or any other by the `tokenizers` library."""
+"""The tokenizer: byte-level BPE run by tiktoken, PanGu-alpha's by jieba, or any other by the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from plmtune.io.provenance import num_cores
 from plmtune.tokenizers import kept_ids, tokenizer_json_writer
 from plmtune.tokenizers.bpe import Vocabulary
 from plmtune.tokenizers.cuts import Cuts
+from plmtune.tokenizers.jieba_sentencepiece import JiebaPieces
 from plmtune.tokenizers.kept_ids import KeptIds
 from plmtune.tokenizers.library import Library
 from plmtune.tokenizers.ranks import TASK_CHARS, Ranks, complete_pattern
@@ -46,7 +47,7 @@ class Tokenizer:
 
     def __init__(
         self,
-        vocabulary: Vocabulary | Library,
+        vocabulary: Vocabulary | Library | JiebaPieces,
         *,
         eos: str = "<|endoftext|>",
         vocab_size: int | None = None,
@@ -82,7 +83,7 @@ class Tokenizer:
         self.end_ids = tuple(dict.fromkeys((self.eos_id, *ends)))
         self.specials = dict(vocabulary.specials)
         self.chat_template = chat_template
-        self._engine = vocabulary if isinstance(vocabulary, Library) else Ranks(vocabulary)
+        self._engine = Ranks(vocabulary) if isinstance(vocabulary, Vocabulary) else vocabulary
         pieces = dict(vocabulary.pieces)
         self.num_tokens = max(pieces) + 1
         self.vocab_size = self.num_tokens if vocab_size is None else vocab_size
@@ -131,7 +132,7 @@ class Tokenizer:
         tasks: list[list[tuple[int, str]]] = [[]]
         room = TASK_CHARS
         for index, text in enumerate(texts):
-            for cut in [text] if specials or isinstance(self._engine, Library) else self._engine.divide(text):
+            for cut in self._engine.divide(text) if isinstance(self._engine, Ranks) and not specials else [text]:
                 if room <= 0:
                     tasks.append([])
                     room = TASK_CHARS
@@ -156,7 +157,7 @@ class Tokenizer:
     @property
     def depends_on_place(self) -> bool:
         """Whether a part of a text may have other ids alone than in the whole, so that parts need `encode_parts`."""
-        return isinstance(self._engine, Library)
+        return not isinstance(self._engine, Ranks)
 
     def encode_parts(self, texts: Sequence[Sequence[str]]) -> list[list[Ids]]:
         """Return the ids of whole texts, special tokens included, divided among the parts that they begin in.
@@ -182,7 +183,7 @@ class Tokenizer:
     @cached_property
     def cuts(self) -> Cuts:
         """Finds places where a text may be cut without changing its ids, whatever follows."""
-        if isinstance(self._engine, Library):
+        if not isinstance(self._engine, Ranks):
             return Cuts(None, "", (), (), None)
         held = self._engine.vocabulary
         late = [self._engine.normalize(text) for text in held.added if text in held.normalized]
@@ -193,7 +194,7 @@ class Tokenizer:
         """Return the text of ids, including special tokens; bytes that are no UTF-8 become U+FFFD."""
         text = self.decode_bytes(ids).decode("utf-8", errors="replace")
         # SentencePiece puts a space before a text.
-        return text.removeprefix(" ") if isinstance(self._engine, Library) and self._engine.adds_space else text
+        return text.removeprefix(" ") if not isinstance(self._engine, Ranks) and self._engine.adds_space else text
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the bytes of ids; padding rows have none.
@@ -239,7 +240,7 @@ class Tokenizer:
         """The xxh3-128 of everything that decides the ids, as hex."""
         held = self.vocabulary
         digest = xxhash.xxh3_128()
-        if isinstance(held, Library):
+        if not isinstance(held, Vocabulary):
             digest.update(held.digest + repr((self.eos_id, self.first_ids)).encode())
             return digest.hexdigest()
         added = sorted(held.added.items()), sorted(held.specials.items())
@@ -263,6 +264,8 @@ class Tokenizer:
     def as_json(self) -> str:
         """The tokenizer.json."""
         # Cached: a run saves the same tokenizer with every checkpoint.
+        if isinstance(self._engine, JiebaPieces):
+            return self._engine.render()
         if isinstance(self._engine, Library):
             return tokenizer_json_writer.render_library(self._engine, self._firsts)
         return tokenizer_json_writer.render(self._engine.vocabulary, self._firsts)

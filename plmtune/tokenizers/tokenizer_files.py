@@ -8,7 +8,7 @@ from typing import Any, Literal
 from plmtune.errors import UserError, did_you_mean
 from plmtune.io import hub, manifest, terminal
 from plmtune.registry import register
-from plmtune.tokenizers import added_tokens, kept_ids, sentencepiece_files, tokenizer_json
+from plmtune.tokenizers import added_tokens, jieba_sentencepiece, kept_ids, sentencepiece_files, tokenizer_json
 from plmtune.tokenizers.bpe import (
     BYTE_PATTERN,
     CHATML_SPECIALS,
@@ -24,17 +24,28 @@ from plmtune.tokenizers.bpe import (
     read_tiktoken,
 )
 from plmtune.tokenizers.builtin_templates import CHATML_TEMPLATE
+from plmtune.tokenizers.jieba_sentencepiece import JiebaPieces
 from plmtune.tokenizers.library import Library
 from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.units import show_number_of
 
 TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"),
+    *(
+        "tokenizer.json",
+        "tokenizer.model",
+        "vocab.model",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    ),
     *("special_tokens_map.json", "added_tokens.json", kept_ids.FILE),
 )
 _NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 _EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
+
+# The piece that ends a document in PanGu-alpha's released vocabulary.
+PANGU_EOS = "<eot>"
 
 # PLM's embedding has more rows than Qwen2 has tokens; known without the file, for a dry run.
 QWEN2_ROWS = 151936
@@ -55,7 +66,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _read_json(path: Path) -> Tokenizer:
     """Read a tokenizer.json or tokenizer.model; the files beside it name its end token, chat template and rows."""
     config = _read_config(path.with_name("tokenizer_config.json"))
-    if path.suffix == ".model":
+    if path.suffix == ".model" and config.get("tokenizer_class") in jieba_sentencepiece.CLASSES:
+        config = {"eos_token": PANGU_EOS} | config
+        data = jieba_sentencepiece.as_data(read_file(path), [_text_of(config["eos_token"]) or ""])
+    elif path.suffix == ".model":
         data, config = sentencepiece_files.read_model(read_file(path), config, str(path))
     else:
         data = tokenizer_json.load_json(read_file(path), str(path))
@@ -124,8 +138,10 @@ def _rows(path: Path, config: dict[str, Any]) -> int | None:
     return rows
 
 
-def engine(data: Any, where: str) -> Vocabulary | Library:
-    """Return tiktoken's tables where they give the ids of the file, else the library's tokenizer."""
+def engine(data: Any, where: str) -> Vocabulary | Library | JiebaPieces:
+    """Return tiktoken's tables where they give the ids of the file, else jieba's or the library's tokenizer."""
+    if jieba_sentencepiece.is_data(data):
+        return JiebaPieces(data, where)
     try:
         return tokenizer_json.parse(data, where)
     except UserError:
@@ -151,7 +167,7 @@ def _texts_of(config: dict[str, Any], keys: tuple[str, ...]) -> list[str]:
     return [text for token in held if (text := _text_of(token))]
 
 
-def _ends(directory: Path, vocabulary: Vocabulary | Library, beside: dict[str, Any]) -> list[int]:
+def _ends(directory: Path, vocabulary: Vocabulary | Library | JiebaPieces, beside: dict[str, Any]) -> list[int]:
     """Return the ids that end a model's answers: all that the files beside a tokenizer name.
 
     Where generation_config.json names some, those of config.json must be special: its class may have a default.
@@ -167,7 +183,7 @@ def _ends(directory: Path, vocabulary: Vocabulary | Library, beside: dict[str, A
     return ends if named is None else [*ends, named]
 
 
-def _eos(vocabulary: Vocabulary | Library, named: str | None, path: Path) -> str:
+def _eos(vocabulary: Vocabulary | Library | JiebaPieces, named: str | None, path: Path) -> str:
     specials = vocabulary.specials
     if named is not None and named not in specials:
         where = path.with_name("tokenizer_config.json")
@@ -200,6 +216,8 @@ def _read(path: Path, pattern: str = QWEN2_PATTERN, normalization: Normalization
                 raise UserError(f"{path / name} is a link to a place outside of {path}. Copy the file into it.")
         whole = path / "tokenizer.json"
         held = [whole] if whole.is_file() else sorted(path.glob("*.tiktoken")) or sorted(path.glob("tokenizer.model"))
+        # The name beside PanGu-alpha's class of tokenizers.
+        held = held or sorted(path.glob("vocab.model"))
         if not held:
             raise UserError(
                 f"{path} has no tokenizer: tokenizer.json, tokenizer.model or a .tiktoken file. "
@@ -270,6 +288,38 @@ def file(path: str = "", *, pattern: Literal["qwen2", "llama3", "gpt2"] = "qwen2
         raise UserError(f"key tokenizer.path: there is no file or directory {path} (seen from {Path.cwd()}).")
     patterns = {"qwen2": QWEN2_PATTERN, "llama3": LLAMA3_PATTERN, "gpt2": GPT2_PATTERN}
     return _read(Path(path), patterns[pattern], "NFC" if pattern == "qwen2" else None)
+
+
+@register("tokenizer", "pangu_alpha")
+def pangu_alpha(path: str = "", *, eos: str = PANGU_EOS) -> Tokenizer:
+    """PanGu-alpha's text: jieba's words joined by spaces, in the pieces of a SentencePiece model.
+
+    Args:
+        path: the model file (vocab.model), or a directory with it or with a tokenizer that was saved.
+        eos: the piece that ends a document.
+
+    Raises:
+        UserError: if it cannot be read, has no such piece or none for spaces, or jieba is not installed.
+    """
+    if not path:
+        raise UserError("tokenizer=pangu_alpha needs a path: tokenizer.path=FILE_OR_DIRECTORY (its vocab.model).")
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise UserError(f"key tokenizer.path: there is no file or directory {path} (seen from {Path.cwd()}).")
+    if place.is_dir() and (place / "tokenizer.json").is_file():
+        found = _read(place)
+        if not isinstance(found.vocabulary, JiebaPieces):
+            raise UserError(f"key tokenizer.path: {path} holds a tokenizer of another kind. Use tokenizer=file.")
+        if found.eos != eos:
+            raise UserError(f"key tokenizer.eos: {eos!r:.40} is not {found.eos!r}, which ends a document in {path}.")
+        return found
+    if place.is_dir():
+        held = sorted(place.glob("*.model"))
+        if len(held) != 1:
+            raise UserError(f"key tokenizer.path: {path} holds {len(held)} .model files. Name one file.")
+        place = held[0]
+    vocabulary = JiebaPieces(jieba_sentencepiece.as_data(read_file(place), [eos]), str(place))
+    return Tokenizer(vocabulary, eos=eos)
 
 
 @register("tokenizer", "byte")

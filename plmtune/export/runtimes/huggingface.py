@@ -13,6 +13,8 @@ from torch import Tensor
 from plmtune.errors import UserError
 from plmtune.export.runtimes.base import DEFAULT_CONTEXT, InferenceRuntime
 from plmtune.modules.torchtune_layers import quiet
+from plmtune.tokenizers import jieba_sentencepiece, tokenizer_json
+from plmtune.tokenizers.bpe import read_file
 from plmtune.tokenizers.message import Message
 
 
@@ -38,7 +40,8 @@ class TransformersRuntime(InferenceRuntime):
 
             try:
                 model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **local)
-                self._tokenizer: Any = AutoTokenizer.from_pretrained(path, **local)
+                # transformers has no jieba, so a directory with PanGu-alpha's tokenizer has none for it.
+                self._tokenizer: Any = None if _needs_jieba(path) else AutoTokenizer.from_pretrained(path, **local)
             except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
                 reason = str(error).strip().partition("\n")[0]
                 raise UserError(f"transformers cannot open {path}: {reason}") from error
@@ -60,11 +63,13 @@ class TransformersRuntime(InferenceRuntime):
         return logits
 
     def encode(self, text: str) -> list[int] | None:
+        if self._tokenizer is None:
+            return None
         ids: list[int] = self._tokenizer(text)["input_ids"]
         return ids
 
     def render(self, messages: Sequence[Message]) -> str | None:
-        if self._tokenizer.chat_template is None:
+        if self._tokenizer is None or self._tokenizer.chat_template is None:
             return None
         said = [{"role": message.role, "content": message.content} for message in messages]
         text: str = self._tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
@@ -72,6 +77,11 @@ class TransformersRuntime(InferenceRuntime):
 
     def close(self) -> None:
         del self._cache, self._model
+
+
+def _needs_jieba(path: Path) -> bool:
+    held = path / "tokenizer.json"
+    return held.is_file() and jieba_sentencepiece.is_data(tokenizer_json.load_json(read_file(held), str(held)))
 
 
 @contextmanager
