@@ -22,7 +22,7 @@ OURS = {
     "export/runtimes/xllamacpp.py", "export/contents.py", "models/gguf_tokenizer.py", "preference/reference.py",
     "training/checkpoint.py", "training/distributed.py", "preference/rounds/selection.py", "tokenizers/train_bpe.py",
     "tokenizers/rendering.py", "devices/measure.py", "evaluation/task_index.py", "export/probe_texts.py",
-    "tokenizers/compress.py",
+    "tokenizers/compress.py", "training/state.py",
 }  # fmt: skip
 
 
