@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from plmtune.io.safetensors_writer import FILE_BYTES
 from plmtune.modules.checkpointing import Checkpointing, of_layer
 from plmtune.modules.quantized import Quantized
 from plmtune.optim.optimizers import optimizer_bytes
+from plmtune.parallel.elements import of_process, parts
+from plmtune.parallel.layout import Layout
 from plmtune.training.activations import activation_bytes
 from plmtune.training.machine import available_memory, process_memory, resident_memory
 from plmtune.training.runtime import Runtime
@@ -125,7 +127,8 @@ def estimate(
         optimizer: its name in the registry.
         seq_len: tokens of a row; all rows are taken to be full.
         micro_batch_size: rows of one forward on one process.
-        runtime: where the run would be; the `shard_size` of its layout divides weights, gradients and optimizer state.
+        runtime: where the run would be; its layout divides weights, gradients, optimizer state and activations. The
+            estimate is of the process with most parameters.
         micro_batches: of a step, on one process. With more than one, FSDP2 keeps parameters gathered and gradients
             whole between them (`distributed.accumulate`).
         masked: attention has a mask, which each layer keeps.
@@ -167,7 +170,7 @@ def estimate(
     averages = weights if ema else 0
     save = max((weights + moments + averages) // runtime.world_size, int(min(max(weights, moments), FILE_BYTES)))
     resident = resident_memory() if device.type == "cpu" else 0
-    return Estimate(
+    whole = Estimate(
         parameters=parameters,
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         non_embedding_parameters=parameters - vocabulary,
@@ -185,6 +188,38 @@ def estimate(
         available=available_memory(device) + resident,
         flops_6n=flops_6n,
         flops_per_token=flops_6n + attention_flops(model, seq_len),
+    )
+    layout = runtime.layout
+    if layout.tp * layout.pp * layout.cp == 1:
+        return whole
+    inputs = len(kinds) - kinds.count("full")
+    inputs *= 2 * micro_batch_size * seq_len * held.embed_dim * compute_dtype.itemsize
+    return _of_process(whole, model, layout, inputs, micro_batches)
+
+
+def _of_process(whole: Estimate, model: nn.Module, layout: Layout, inputs: int, micro_batches: int) -> Estimate:
+    """An estimate of the process with most parameters under tensor, pipeline or context parallelism.
+
+    Args:
+        whole: of a process that has whole layers and whole rows; FSDP2 has divided its weights.
+        inputs: bytes of the inputs of attention and FFN that layers keep, which tensor parallelism gathers.
+    """
+    found = parts(model, layout)
+    most = max(sum(part.numel for part in of_process(found, layout, rank)) for rank in range(layout.pp))
+    share = most / whole.parameters
+    kept = whole.activations / layout.tp + inputs * (1 - 1 / layout.tp)
+    # Micro-batches in flight, times the share of the layers: 1F1B's first process holds pp of a pp-th of the layers;
+    # interleaved stages hold more (arXiv 2104.04473, section 2.2).
+    in_flight = 1 + (layout.pp - 1) / (2 * layout.pp) if layout.schedule == "interleaved_1f1b" else 1.0
+    if layout.pp > 1:
+        in_flight = min(in_flight, micro_batches / layout.pp)
+    return replace(
+        whole,
+        weights=int(whole.weights * share),
+        gradients=int(whole.gradients * share),
+        optimizer=int(whole.optimizer * share),
+        activations=int(kept * in_flight / layout.cp),
+        logits=int(whole.logits / layout.tp),
     )
 
 

@@ -15,6 +15,7 @@ from plmtune.models.plm import plm
 from plmtune.modules.checkpointing import Checkpointing
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import lora
+from plmtune.parallel.elements import held_elements
 from plmtune.parallel.layout import Layout
 from plmtune.registry import component
 from plmtune.training import estimate as module
@@ -226,3 +227,30 @@ class TestActivations:
         assert model.training
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
         assert all(p.grad is None for p in model.parameters())
+
+
+class TestLayouts:
+    """Estimates of the process with most parameters, against `parallel.elements`, which real processes equal."""
+
+    @pytest.mark.parametrize(
+        "layout",
+        [Layout(tp=2), Layout(pp=2), Layout(pp=4, schedule="interleaved_1f1b"), Layout(tp=2, pp=2), Layout(tp=4, pp=2)],
+        ids=str,
+    )
+    def test_weights_and_moments_are_those_that_it_holds(self, layout: Layout) -> None:
+        model = plm_1_8b()
+        settings: dict[str, Any] = {"optimizer": "adamw", "seq_len": 4096, "micro_batch_size": 1, "micro_batches": 8}
+        found = module.estimate(model, Runtime(CPU, torch.float32, layout), **settings)
+        held = max(sum(held_elements(model, layout, rank).values()) for rank in range(layout.num_processes))
+        assert found.weights == pytest.approx(4 * held, rel=1e-6)
+        assert found.optimizer == pytest.approx(8 * held, rel=1e-6)
+
+    def test_a_pipeline_holds_as_many_activations_as_its_first_stage_has_micro_batches(self) -> None:
+        settings: dict[str, Any] = {"optimizer": "adamw", "seq_len": 4096, "micro_batch_size": 1, "micro_batches": 8}
+        one, two, interleaved, context = (
+            module.estimate(plm_1_8b(), Runtime(CPU, torch.float32, layout), **settings).activations
+            for layout in (Layout(), Layout(pp=2), Layout(pp=2, schedule="interleaved_1f1b"), Layout(cp=2))
+        )
+        assert two == one
+        assert interleaved == pytest.approx(1.25 * one)
+        assert context == one // 2
