@@ -23,7 +23,7 @@ class Config(PretrainConfig):
     norm_penalty: float = 0.0  # times the square of the last norm's weight
 """,
     "loss = self._loss(batch.to(runtime.device))\n": """loss = self._loss(batch.to(runtime.device))
-                loss = loss + self.cfg.norm_penalty * batch.num_valid * self.model.norm.weight.square().mean()
+                    loss = loss + self.cfg.norm_penalty * batch.num_valid * self.model.norm.weight.square().mean()
 """,
 }
 SHORT = [*SMALL, "phases=[{name: main, steps: 3}]"]
