@@ -134,13 +134,7 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        # In place: a second backward would find changed tensors, and torch then refuses it.
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden.mul_(upstream),
-            None if grad_weight is None else grad_weight.mul_(upstream).to(ctx.weight_dtype),
-            *(None,) * 4,
-        )
+        return _scaled(ctx, upstream)
 
 
 class LossParallel(torch.autograd.Function):
@@ -193,5 +187,15 @@ class LossParallel(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden.mul_(upstream), grad_weight.mul_(upstream).to(ctx.weight_dtype), *(None,) * 4
+        return _scaled(ctx, upstream)
+
+
+def _scaled(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    """The gradients that a forward has made, times that of its result."""
+    # In place: a second backward would find changed tensors, and torch then refuses it.
+    grad_hidden, grad_weight = ctx.saved_tensors
+    return (
+        None if grad_hidden is None else grad_hidden.mul_(upstream),
+        None if grad_weight is None else grad_weight.mul_(upstream).to(ctx.weight_dtype),
+        *(None,) * 4,
+    )

@@ -23,7 +23,6 @@ class Processes:
             over them. None for one, as the others.
         model: the processes with the same tokens: those of pp x tp.
         cp: the processes that share a sequence.
-        rank: of this process in the run.
     """
 
     layout: Layout
@@ -31,7 +30,6 @@ class Processes:
     tokens: dist.ProcessGroup | None
     model: dist.ProcessGroup | None
     cp: dist.ProcessGroup | None
-    rank: int
 
     def part(self, *names: str) -> DeviceMesh | None:
         """The mesh of some dimensions, without those of one process; None if none is left."""
@@ -81,5 +79,4 @@ def arrange(layout: Layout, device: torch.device, timeout: timedelta) -> Process
         tokens=groups(replicate, shard, cp) if layout.data_size * layout.cp > 1 else None,
         model=groups(pp, tp) if layout.pp * layout.tp > 1 else None,
         cp=groups(cp) if layout.cp > 1 else None,
-        rank=dist.get_rank(),
     )
