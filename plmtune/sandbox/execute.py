@@ -29,7 +29,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,7 @@ from typing import IO, Any, Literal
 from plmtune.errors import UserError
 from plmtune.io.provenance import num_cores
 from plmtune.ranges import Range, check
-from plmtune.sandbox.uncalled import with_calls
+from plmtune.sandbox.uncalled import PARSER, with_calls
 
 Isolation = Literal["namespaces", "limits"]
 MEMORY_BYTES = 512 * 2**20
@@ -167,10 +167,16 @@ def run_python(
             assert launcher.stdout
             launcher.stdout.close()
         report.seek(0)
-        facts: dict[str, Any] = {}
-        for line in report:
-            facts |= ast.literal_eval(line.decode())
-        return _judge(facts, output.decode(errors="replace"), in_time, seconds)
+        return _judge(_facts(report), output.decode(errors="replace"), in_time, seconds)
+
+
+def _facts(report: Iterable[bytes]) -> dict[str, Any]:
+    """What the sandbox has reported, a line at a time."""
+    found: dict[str, Any] = {}
+    for line in report:
+        with PARSER:
+            found |= ast.literal_eval(line.decode())
+    return found
 
 
 def run_all(

@@ -18,7 +18,9 @@ _CHOOSES = {
 _DEFINES = re.compile(r"^\s*(?:async\s+def|def|class)\s", re.MULTILINE)
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-_WARNINGS = threading.Lock()  # warning filters are shared by all threads
+# Around all that makes syntax trees: CPython counts their depth for all threads together, and raises a SystemError
+# where two make one at a time. Warning filters are shared, too.
+PARSER = threading.Lock()
 _CASES = ("TestCase", "IsolatedAsyncioTestCase")
 
 
@@ -41,7 +43,7 @@ def with_calls(tests: str) -> Tests:
     if not _DEFINES.search(tests):
         return Tests(tests, None)
     try:
-        with _WARNINGS, warnings.catch_warnings():
+        with PARSER, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             body = ast.parse(tests).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):

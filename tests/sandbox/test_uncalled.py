@@ -1,8 +1,12 @@
 """Tests that nobody calls are called, or told to be never run; those that call themselves stay as they are."""
 
+import gc
+import threading
+import time
+
 import pytest
 
-from plmtune.sandbox import NoSandbox, run_python, with_calls
+from plmtune.sandbox import NoSandbox, execute, run_python, with_calls
 
 CHECK = "def check(candidate):\n    assert candidate(2) == 4\n"
 CASE = "import unittest\nclass Case(unittest.TestCase):\n    def test_f(self): self.assertEqual(f(2), 4)\n"
@@ -70,3 +74,34 @@ def test_called_tests_give_the_verdict(tests: str) -> None:
     except NoSandbox as error:
         pytest.skip(str(error))
     assert not run_python("def f(x): return x", tests=tests).passed
+
+
+def test_threads_that_read_tests_and_reports_do_not_disturb_each_other() -> None:
+    """CPython's constructor of syntax trees fails where a collection of garbage lets another thread make one."""
+
+    def let_others_run(phase: str, info: dict[str, int]) -> None:
+        if threading.current_thread() is threading.main_thread():
+            time.sleep(0.001)
+
+    started, done = threading.Event(), threading.Event()
+
+    def read_reports() -> None:
+        while not done.is_set():
+            execute._facts([b"{'exit_code': 0}\n"])
+            started.set()
+            time.sleep(0.0001)  # a lock is not fair
+
+    reader, thresholds = threading.Thread(target=read_reports), gc.get_threshold()
+    gc.callbacks.append(let_others_run)
+    gc.set_threshold(200)
+    reader.start()
+    started.wait()
+    try:
+        for number in range(20):
+            tests = f"def test_{number}():\n    assert " + " + ".join(["1"] * 400)
+            assert with_calls(tests).text.startswith(tests)
+    finally:
+        done.set()
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(let_others_run)
+        reader.join()
