@@ -26,7 +26,7 @@ ALLOWED: dict[str, str] = {
     "sandbox": "io",
     "modules": "registry",
     "losses": "registry modules",
-    "parallel": "modules",
+    "parallel": "config modules",
     "optim": "registry modules",
     "tokenizers": "io registry",
     "native": "io modules",

@@ -12,7 +12,7 @@ from plmtune.config import compose
 from plmtune.errors import UserError
 from plmtune.io import terminal
 from plmtune.io.tables import show
-from plmtune.parallel.choose import Sizes, choose_layout
+from plmtune.parallel.choose import choose_layout
 from plmtune.parallel.simulate import simulate
 from plmtune.training.layout_checks import check_layout
 from plmtune.training.preflight import check_seq_len
@@ -33,9 +33,7 @@ def show_simulation(name: str, overlays: Sequence[str], overrides: Sequence[str]
         raise UserError(f"--simulate {processes}: give the number of processes, 2 or more.")
     check_seq_len(cfg.seq_len, shape.model)
     run = cfg.runtime
-    layout, _ = choose_layout(
-        Sizes(**vars(cfg.parallel)), run.strategy, run.shard_size, world_size=processes, of_machine=8
-    )
+    layout, _ = choose_layout(cfg.parallel, run.strategy, run.shard_size, world_size=processes, of_machine=8)
     model: nn.Module = shape.model
     batch = (cfg.micro_batch_size, cfg.seq_len)
     dtype = torch.float32 if run.precision == "fp32" else torch.bfloat16

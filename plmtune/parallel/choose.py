@@ -2,40 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
+from plmtune.config.sections import ParallelConfig
 from plmtune.errors import UserError
-from plmtune.parallel.layout import Layout, Schedule
+from plmtune.parallel.layout import Layout
 
 Strategy = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Keys of the config's section `parallel`; None: what the others leave."""
+def num_asked(sizes: ParallelConfig) -> int:
+    """Processes that the given sizes make."""
+    return _sharing_rows(sizes) * (sizes.dp_replicate or 1) * (sizes.dp_shard or 1)
 
-    dp_replicate: int | None = None
-    dp_shard: int | None = None
-    tp: int = 1
-    pp: int = 1
-    cp: int = 1
-    schedule: Schedule = "1f1b"
-    reshard_after_forward: bool = True
 
-    @property
-    def of_the_model(self) -> int:
-        """Processes that share rows."""
-        return self.tp * self.pp * self.cp
-
-    @property
-    def asked(self) -> int:
-        """Processes that the given sizes make."""
-        return self.of_the_model * (self.dp_replicate or 1) * (self.dp_shard or 1)
+def _sharing_rows(sizes: ParallelConfig) -> int:
+    return sizes.tp * sizes.pp * sizes.cp
 
 
 def choose_layout(
-    sizes: Sizes, strategy: Strategy, shard_size: int | None, *, world_size: int, of_machine: int
+    sizes: ParallelConfig, strategy: Strategy, shard_size: int | None, *, world_size: int, of_machine: int
 ) -> tuple[Layout, str]:
     """Return (layout, why).
 
@@ -53,6 +39,7 @@ def choose_layout(
         raise UserError(f"strategy={strategy} is unknown. Use auto, none, ddp, fsdp or hsdp.")
     if strategy != "hsdp" and shard_size is not None:
         raise UserError(f"shard_size={shard_size} belongs to strategy=hsdp; with {strategy}, leave it out.")
+    asked = num_asked(sizes)
     given = {key: size for key in ("dp_replicate", "dp_shard") if (size := getattr(sizes, key)) is not None}
     if given and strategy != "auto":
         key, size = next(iter(given.items()))
@@ -60,31 +47,31 @@ def choose_layout(
             f"key runtime.strategy: {strategy} is shorthand for sizes of parallel, and parallel.{key}={size} is given, "
             "too. Leave one of the two out."
         )
-    if world_size == 1 and sizes.asked == 1:
-        asked = strategy in ("ddp", "fsdp", "hsdp")
-        why = f"{strategy} was asked for, but there is one process: start more with torchrun" if asked else "1 process"
+    if world_size == 1 and asked == 1:
+        many = strategy in ("ddp", "fsdp", "hsdp")
+        why = f"{strategy} was asked for, but there is one process: start more with torchrun" if many else "1 process"
         return Layout(), f"none ({why})"
     if strategy == "none":
         raise UserError(f"strategy=none cannot train one model on {world_size} processes. Use ddp, fsdp or auto.")
-    left, over = divmod(world_size, sizes.asked)
+    left, over = divmod(world_size, asked)
     if over or (left != 1 and len(given) == 2):
         several = "" if len(given) == 2 else "a multiple of "
         running = "one runs" if world_size == 1 else f"{world_size} run"
         raise UserError(
-            f"key parallel: {_product(sizes)} needs {several}{sizes.asked} processes, and {running}. Start as many "
-            f"(plmtune launch local --processes {sizes.asked} run NAME, or torchrun), or give other sizes."
+            f"key parallel: {_product(sizes)} needs {several}{asked} processes, and {running}. Start as many "
+            f"(plmtune launch local --processes {asked} run NAME, or torchrun), or give other sizes."
         )
     replicate, shard, why = _share_data(
-        given, strategy, shard_size, left * sizes.asked // sizes.of_the_model, sizes, of_machine
+        given, strategy, shard_size, left * asked // _sharing_rows(sizes), sizes, of_machine
     )
     layout = Layout(replicate, shard, sizes.tp, sizes.pp, sizes.cp, sizes.schedule, sizes.reshard_after_forward)
-    if sizes.of_the_model > 1:
+    if _sharing_rows(sizes) > 1:
         why = f"{layout} ({world_size} processes)"
     return layout, why
 
 
 def _share_data(
-    given: dict[str, int], strategy: str, shard_size: int | None, processes: int, sizes: Sizes, of_machine: int
+    given: dict[str, int], strategy: str, shard_size: int | None, processes: int, sizes: ParallelConfig, of_machine: int
 ) -> tuple[int, int, str]:
     """(dp_replicate, dp_shard, why) of the processes that have rows of their own."""
     if given:
@@ -94,7 +81,7 @@ def _share_data(
         size = _hsdp_size(shard_size, processes, max(1, of_machine // (sizes.tp * sizes.cp)))
         why = f"hsdp ({processes // size} copies of the model, each on {size} processes)"
         return processes // size, size, why
-    if strategy == "fsdp" or (strategy == "auto" and sizes.of_the_model > 1):
+    if strategy == "fsdp" or (strategy == "auto" and _sharing_rows(sizes) > 1):
         return 1, processes, f"fsdp ({processes} processes)"
     return processes, 1, f"ddp ({processes} processes)"
 
@@ -112,6 +99,6 @@ def _hsdp_size(shard_size: int | None, processes: int, of_machine: int) -> int:
     return size
 
 
-def _product(sizes: Sizes) -> str:
+def _product(sizes: ParallelConfig) -> str:
     named = {key: getattr(sizes, key) for key in ("dp_replicate", "dp_shard", "tp", "pp", "cp")}
     return " x ".join(f"{key}={size}" for key, size in named.items() if size and size > 1) or "no size above 1"

@@ -16,7 +16,6 @@ from plmtune.errors import UserError, WeightsNotFinite
 from plmtune.io import terminal
 from plmtune.io.run_directory import RunDirectory, refuse_unusable
 from plmtune.io.signals import EXIT_STOPPED
-from plmtune.parallel.choose import Sizes
 from plmtune.training import distributed
 from plmtune.training.checkpoint import Checkpoints
 from plmtune.training.determinism import preserve_random_state
@@ -107,7 +106,7 @@ def setup_run(
 def _choose_runtime(cfg: TrainingConfig, *, planned: bool) -> Runtime:
     of_the_model = ("compile", "activation_checkpointing")
     where = {key: value for key, value in vars(cfg.runtime).items() if key not in of_the_model}
-    return Runtime.choose(**where, sizes=Sizes(**vars(cfg.parallel)), seed=cfg.seed, planned=planned)
+    return Runtime.choose(**where, parallel=cfg.parallel, seed=cfg.seed, planned=planned)
 
 
 def _refuse_too_large(plan: TrainingPlan, *, force: bool) -> None:

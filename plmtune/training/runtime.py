@@ -16,9 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from plmtune import dtypes
+from plmtune.config.sections import ParallelConfig
 from plmtune.errors import UserError
 from plmtune.modules.kernel_names import kernel_names
-from plmtune.parallel.choose import Sizes, Strategy, choose_layout
+from plmtune.parallel.choose import Strategy, choose_layout, num_asked
 from plmtune.parallel.context import ContextShard
 from plmtune.parallel.divide import divide
 from plmtune.parallel.gradients import clip_grad_norm
@@ -62,7 +63,7 @@ class Runtime(contextlib.AbstractContextManager["Runtime"]):
         precision: Precision = "auto",
         strategy: Strategy = "auto",
         shard_size: int | None = None,
-        sizes: Sizes | None = None,
+        parallel: ParallelConfig | None = None,
         planned: bool = False,
         seed: int = 1,
         deterministic: bool = False,
@@ -73,7 +74,7 @@ class Runtime(contextlib.AbstractContextManager["Runtime"]):
         Args:
             device: "auto", "cpu", "cuda" or "cuda:N".
             precision: "auto" takes bf16 where the hardware multiplies in it, else fp32.
-            strategy, shard_size, sizes: see `choose_layout`; "auto" is "none" for one process and "ddp" for several.
+            strategy, shard_size, parallel: see `choose_layout`; "auto" is "none" for one process and "ddp" for several.
             planned: nothing will run: a single process stands for as many as the sizes make.
             seed: equal on every rank, so that all build the same model. After `distribute` each data rank has its own,
                 so that dropout masks differ.
@@ -81,10 +82,10 @@ class Runtime(contextlib.AbstractContextManager["Runtime"]):
         rank, local_rank, world_size = distributed.environment()
         where, on = _choose_device(device, local_rank)
         dtype, in_dtype = _choose_precision(precision, where)
-        sizes = sizes or Sizes()
+        sizes = parallel or ParallelConfig()
         of_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
         if planned and world_size == 1:
-            world_size = of_machine = sizes.asked
+            world_size = of_machine = num_asked(sizes)
         layout, by = choose_layout(sizes, strategy, shard_size, world_size=world_size, of_machine=of_machine)
         seeded = f"seed: {seed}" + (", deterministic algorithms only" if deterministic else "")
         reasons = [f"device: {on}", f"precision: {in_dtype}", f"strategy: {by}", seeded]

@@ -12,6 +12,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from plmtune.config.sections import ParallelConfig
 from plmtune.data.batches import Batch
 from plmtune.losses.cross_entropy import cross_entropy
 from plmtune.models.hf import run_state
@@ -19,7 +20,6 @@ from plmtune.modules.checkpointing import Checkpointing
 from plmtune.modules.segments import Segments
 from plmtune.modules.sharding import full_tensor, is_sharded
 from plmtune.parallel.checks import refusals
-from plmtune.parallel.choose import Sizes
 from plmtune.parallel.elements import held_elements
 from plmtune.parallel.layout import Layout
 from plmtune.registry import component
@@ -110,31 +110,31 @@ KINDS = {
 }
 
 # By name: what processes are started with. Their product is the number of processes.
-LAYOUTS: dict[str, Sizes] = {
-    "tp2": Sizes(tp=2),
-    "pp2 1f1b": Sizes(pp=2),
-    "pp2 interleaved_1f1b": Sizes(pp=2, schedule="interleaved_1f1b"),
-    "pp2 zbv": Sizes(pp=2, schedule="zbv"),
-    "fsdp2": Sizes(dp_shard=2),
-    "cp2": Sizes(cp=2),
-    "tp4": Sizes(tp=4),
-    "pp4 1f1b": Sizes(pp=4),
-    "fsdp2 x tp2": Sizes(dp_shard=2, tp=2),
-    "fsdp2 x tp2, kept": Sizes(dp_shard=2, tp=2, reshard_after_forward=False),
-    "ddp2 x tp2": Sizes(dp_replicate=2, tp=2),
-    "pp2 x tp2": Sizes(pp=2, tp=2),
-    "pp2 x tp2 zbv": Sizes(pp=2, tp=2, schedule="zbv"),
-    "pp2 x fsdp2": Sizes(pp=2, dp_shard=2),
-    "pp2 x ddp2": Sizes(pp=2, dp_replicate=2),
-    "pp2 x ddp2 interleaved_1f1b": Sizes(pp=2, dp_replicate=2, schedule="interleaved_1f1b"),
-    "fsdp2 x cp2": Sizes(dp_shard=2, cp=2),
-    "cp2 x tp2": Sizes(cp=2, tp=2),
-    "pp2 x cp2": Sizes(pp=2, cp=2),
-    "pp2 x fsdp2 x tp2": Sizes(pp=2, dp_shard=2, tp=2),
-    "pp2 x fsdp2 x tp2 interleaved_1f1b": Sizes(pp=2, dp_shard=2, tp=2, schedule="interleaved_1f1b"),
-    "pp2 x fsdp2 x tp2 zbv": Sizes(pp=2, dp_shard=2, tp=2, schedule="zbv"),
-    "hsdp2x2 x tp2": Sizes(dp_replicate=2, dp_shard=2, tp=2),
-    "pp2 x hsdp2x2": Sizes(pp=2, dp_replicate=2, dp_shard=2),
+LAYOUTS: dict[str, ParallelConfig] = {
+    "tp2": ParallelConfig(tp=2),
+    "pp2 1f1b": ParallelConfig(pp=2),
+    "pp2 interleaved_1f1b": ParallelConfig(pp=2, schedule="interleaved_1f1b"),
+    "pp2 zbv": ParallelConfig(pp=2, schedule="zbv"),
+    "fsdp2": ParallelConfig(dp_shard=2),
+    "cp2": ParallelConfig(cp=2),
+    "tp4": ParallelConfig(tp=4),
+    "pp4 1f1b": ParallelConfig(pp=4),
+    "fsdp2 x tp2": ParallelConfig(dp_shard=2, tp=2),
+    "fsdp2 x tp2, kept": ParallelConfig(dp_shard=2, tp=2, reshard_after_forward=False),
+    "ddp2 x tp2": ParallelConfig(dp_replicate=2, tp=2),
+    "pp2 x tp2": ParallelConfig(pp=2, tp=2),
+    "pp2 x tp2 zbv": ParallelConfig(pp=2, tp=2, schedule="zbv"),
+    "pp2 x fsdp2": ParallelConfig(pp=2, dp_shard=2),
+    "pp2 x ddp2": ParallelConfig(pp=2, dp_replicate=2),
+    "pp2 x ddp2 interleaved_1f1b": ParallelConfig(pp=2, dp_replicate=2, schedule="interleaved_1f1b"),
+    "fsdp2 x cp2": ParallelConfig(dp_shard=2, cp=2),
+    "cp2 x tp2": ParallelConfig(cp=2, tp=2),
+    "pp2 x cp2": ParallelConfig(pp=2, cp=2),
+    "pp2 x fsdp2 x tp2": ParallelConfig(pp=2, dp_shard=2, tp=2),
+    "pp2 x fsdp2 x tp2 interleaved_1f1b": ParallelConfig(pp=2, dp_shard=2, tp=2, schedule="interleaved_1f1b"),
+    "pp2 x fsdp2 x tp2 zbv": ParallelConfig(pp=2, dp_shard=2, tp=2, schedule="zbv"),
+    "hsdp2x2 x tp2": ParallelConfig(dp_replicate=2, dp_shard=2, tp=2),
+    "pp2 x hsdp2x2": ParallelConfig(pp=2, dp_replicate=2, dp_shard=2),
 }
 
 
@@ -142,10 +142,10 @@ def layouts_of(processes: int) -> list[str]:
     return [name for name, sizes in LAYOUTS.items() if sizes.asked == processes]
 
 
-def start(layout: str | Sizes | None, *, precision: Any = "fp32", minutes: float = 1) -> Runtime:
+def start(layout: str | ParallelConfig | None, *, precision: Any = "fp32", minutes: float = 1) -> Runtime:
     """A runtime of a layout, by name; None: of one process."""
     sizes = LAYOUTS[layout] if isinstance(layout, str) else layout
-    return Runtime.choose(device="cpu", precision=precision, sizes=sizes, timeout_minutes=minutes).start()
+    return Runtime.choose(device="cpu", precision=precision, parallel=sizes, timeout_minutes=minutes).start()
 
 
 def on_meta(kind: Kind) -> Any:

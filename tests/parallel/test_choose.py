@@ -6,13 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from plmtune.config.sections import ParallelConfig
 from plmtune.errors import UserError
-from plmtune.parallel.choose import Sizes, choose_layout
+from plmtune.parallel.choose import choose_layout
 from plmtune.parallel.layout import Layout
 
 
 def chosen(world_size: int, strategy: Any = "auto", shard_size: int | None = None, **sizes: Any) -> Layout:
-    return choose_layout(Sizes(**sizes), strategy, shard_size, world_size=world_size, of_machine=4)[0]
+    return choose_layout(ParallelConfig(**sizes), strategy, shard_size, world_size=world_size, of_machine=4)[0]
 
 
 class TestShorthand:
